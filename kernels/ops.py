@@ -1,0 +1,97 @@
+"""The operations a DeepSeek-V3 forward pass is made of, and who carries them out.
+
+Every operation has a plain PyTorch reference in the file named after it. `Ops` bundles one
+implementation of each; the model is given a bundle and calls nothing else, so which device code
+runs is decided once, in the open. Nothing here knows layers or checkpoints.
+
+Shape letters: T rows, D model, H heads, N no-position head dim, R rotary dim, V value head dim,
+C latent (kv_lora_rank), X = C + R, E experts, K chosen experts, F expert hidden, P pages.
+Activations are float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm to apply to a matmul's input first: x * rsqrt(mean(x^2) + eps) * weight_K."""
+
+    weight_K: Tensor  # float32
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A matrix [N, K] as the checkpoint stores it: bf16 or f32, or e4m3 with block scales.
+
+    scale_inv: float32 [ceil(N/128), ceil(K/128)]; the value of element (i, j) is
+    data[i, j] * scale_inv[i // 128, j // 128] (spec section 4.2: multiply, whatever its name).
+    """
+
+    data: Tensor
+    scale_inv: Tensor | None = None
+
+
+class Ops(Protocol):
+    """One implementation of every operation. `Any` stands for its own packed weight."""
+
+    name: str
+
+    def pack(self, weight: Weight) -> Any:
+        """[N, K] in the layout this implementation multiplies by."""
+
+    def pack_stack(self, weights: list[Weight]) -> Any:
+        """Several matrices with the same K, one below the other: [sum of N, K]."""
+
+    def pack_heads(self, kv_b: Weight, heads: int, nope: int, value: int) -> tuple[Any, Any]:
+        """kv_b_proj [H*(N+V), C] as (W_UK, W_UV) for `absorb` and `unabsorb` (spec 1.3)."""
+
+    def linear(
+        self, x_TK: Tensor, w: Any, norm: Norm | None = None, residual_TN: Tensor | None = None
+    ) -> Tensor:
+        """norm(x) @ w.T (+ residual) -> [T, N]. x rows may be a slice of wider rows."""
+
+    def rms_norm(self, x_TD: Tensor, norm: Norm) -> Tensor: ...
+
+    def store_latents(
+        self, ckr_TX: Tensor, norm: Norm, cos_sin_PR: Tensor, positions_T: Tensor,
+        slots_T: Tensor, pages: Tensor,
+    ) -> None:  # fmt: skip
+        """Normalise the latent, rotate the key part, write rows into pages [P, 64, X] at slots.
+
+        cos_sin_PR: float32 [max positions, R], cos of the R/2 pairs, then sin.
+        """
+
+    def absorb(
+        self, q_THW: Tensor, w_uk: Any, cos_sin_PR: Tensor, positions_T: Tensor
+    ) -> Tensor:
+        """q [T, H, N+R] -> [T, H, X]: (q_nope @ W_UK, rotated q_rope)."""
+
+    def mla_attention(
+        self, q_THX: Tensor, pages: Tensor, page_table_BP: Tensor, sequence_T: Tensor,
+        positions_T: Tensor, scale: float,
+    ) -> Tensor:  # fmt: skip
+        """Softmax over the row's own sequence, positions 0..its own -> latents [T, H, C]."""
+
+    def unabsorb(self, u_THC: Tensor, w_uv: Any) -> Tensor:
+        """Latents [T, H, C] -> head outputs [T, H*V]."""
+
+    def route(
+        self, logits_TE: Tensor, bias_E: Tensor, groups: int, keep_groups: int, top_k: int,
+        normalise: bool, factor: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Expert ids int32 [T, K] ascending, and their float32 weights [T, K] (spec 1.6)."""
+
+    def mlp(self, x_TD: Tensor, gate_up: Any, down: Any) -> Tensor:
+        """down(silu(gate x) * up x); gate_up is the stack of gate and up: [2F, D]."""
+
+    def experts(
+        self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up: list[Any],
+        down: list[Any], into_TD: Tensor,
+    ) -> None:  # fmt: skip
+        """into[t] += weight * expert(x[t]), in ascending expert order, in float32."""

@@ -1,0 +1,64 @@
+"""The input of one forward pass: new rows of several sequences, back to back.
+
+Passed explicitly to everything that needs it; nothing about a step is global.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PAGE_TOKENS = 64  # tokens per KV page: DeepSeek's context-cache unit (spec section 6.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """T new tokens of B sequences. A row attends to its own sequence up to its own position.
+
+    ids_T        int64  token ids
+    positions_T  int32  index of the token in its sequence, BOS at 0
+    slots_T      int64  where its latent goes: page * PAGE_TOKENS + offset
+    sequence_T   int32  which row of page_table_BP it belongs to
+    page_table_BP int32 pages of each sequence in order; unused entries are 0
+    out_rows_R   int64  rows whose logits are wanted
+    """
+
+    ids_T: Tensor
+    positions_T: Tensor
+    slots_T: Tensor
+    sequence_T: Tensor
+    page_table_BP: Tensor
+    out_rows_R: Tensor
+
+    @staticmethod
+    def of_sequences(
+        new_ids: list[list[int]], starts: list[int], pages: list[list[int]], all_rows: bool = False
+    ) -> Batch:
+        """Rows `starts[b] ...` of each sequence; logits of its last row, or of every row."""
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        sequence: list[int] = []
+        out_rows: list[int] = []
+        for b, (row_ids, start, table) in enumerate(zip(new_ids, starts, pages, strict=True)):
+            first = len(ids)
+            ids += row_ids
+            stop = start + len(row_ids)
+            positions += range(start, stop)
+            slots += [table[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS
+                      for p in range(start, stop)]  # fmt: skip
+            sequence += [b] * len(row_ids)
+            out_rows += range(first, len(ids)) if all_rows else [len(ids) - 1]
+        width = max(len(table) for table in pages)
+        return Batch(
+            ids_T=torch.tensor(ids, dtype=torch.int64),
+            positions_T=torch.tensor(positions, dtype=torch.int32),
+            slots_T=torch.tensor(slots, dtype=torch.int64),
+            sequence_T=torch.tensor(sequence, dtype=torch.int32),
+            page_table_BP=torch.tensor(
+                [table + [0] * (width - len(table)) for table in pages], dtype=torch.int32
+            ),
+            out_rows_R=torch.tensor(out_rows, dtype=torch.int64),
+        )

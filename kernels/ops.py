@@ -67,16 +67,17 @@ class Ops(Protocol):
         cos_sin_PR: float32 [max positions, R], cos of the R/2 pairs, then sin.
         """
 
-    def absorb(
-        self, q_THW: Tensor, w_uk: Any, cos_sin_PR: Tensor, positions_T: Tensor
-    ) -> Tensor:
+    def absorb(self, q_THW: Tensor, w_uk: Any, cos_sin_PR: Tensor, positions_T: Tensor) -> Tensor:
         """q [T, H, N+R] -> [T, H, X]: (q_nope @ W_UK, rotated q_rope)."""
 
     def mla_attention(
         self, q_THX: Tensor, pages: Tensor, page_table_BP: Tensor, sequence_T: Tensor,
-        positions_T: Tensor, scale: float,
+        positions_T: Tensor, scale: float, latent: int,
     ) -> Tensor:  # fmt: skip
-        """Softmax over the row's own sequence, positions 0..its own -> latents [T, H, C]."""
+        """Softmax over the row's own sequence, positions 0..its own -> latents [T, H, C].
+
+        latent is C: of the X values of a page slot, those that are also the value.
+        """
 
     def unabsorb(self, u_THC: Tensor, w_uv: Any) -> Tensor:
         """Latents [T, H, C] -> head outputs [T, H*V]."""
@@ -90,8 +91,13 @@ class Ops(Protocol):
     def mlp(self, x_TD: Tensor, gate_up: Any, down: Any) -> Tensor:
         """down(silu(gate x) * up x); gate_up is the stack of gate and up: [2F, D]."""
 
+    def pack_experts(self, gate_up: list[list[Weight]], down: list[Weight]) -> Any:
+        """All routed experts of a layer for `experts`: for each its [gate, up], and its down."""
+
     def experts(
-        self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up: list[Any],
-        down: list[Any], into_TD: Tensor,
-    ) -> None:  # fmt: skip
-        """into[t] += weight * expert(x[t]), in ascending expert order, in float32."""
+        self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, packed: Any, into_TD: Tensor
+    ) -> None:
+        """into[t] += weight * expert(x[t]), in ascending expert order, in float32.
+
+        expert_TK: int32, ascending in each row, indices into the lists given to pack_experts.
+        """

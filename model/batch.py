@@ -34,9 +34,15 @@ class Batch:
 
     @staticmethod
     def of_sequences(
-        new_ids: list[list[int]], starts: list[int], pages: list[list[int]], all_rows: bool = False
+        new_ids: list[list[int]],
+        starts: list[int],
+        pages: list[list[int]],
+        wants_logits: list[bool] | None = None,
     ) -> Batch:
-        """Rows `starts[b] ...` of each sequence; logits of its last row, or of every row."""
+        """Rows `starts[b] ...` of each sequence; logits of the last row of those that want them.
+
+        wants_logits None: logits of every row.
+        """
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -50,7 +56,10 @@ class Batch:
             slots += [table[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS
                       for p in range(start, stop)]  # fmt: skip
             sequence += [b] * len(row_ids)
-            out_rows += range(first, len(ids)) if all_rows else [len(ids) - 1]
+            if wants_logits is None:
+                out_rows += range(first, len(ids))
+            elif wants_logits[b]:
+                out_rows.append(len(ids) - 1)
         width = max(len(table) for table in pages)
         return Batch(
             ids_T=torch.tensor(ids, dtype=torch.int64),

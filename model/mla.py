@@ -1,0 +1,98 @@
+"""Multi-head latent attention over the paged latent cache, in its two equal forms.
+
+The absorbed form works on latents throughout: one 576-wide key for all heads, whose first 512
+values are also the value. The naive form expands latents to per-head keys and values first; it is
+cheaper for long prompts and is the textbook statement of the same thing (spec section 1.3).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rayseek.kernels.ops import Norm, Ops
+from rayseek.kernels.rope import rotate_ref
+from rayseek.model.batch import Batch
+from rayseek.model.checkpoint import Weights
+from rayseek.model.config import ModelConfig
+
+Form = Literal["absorbed", "naive"]
+
+
+class MLA:
+    """Attention of one layer, its input norm included: x -> x + attention(norm(x))."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, prefix: str, ops: Ops, form: Form = "absorbed"
+    ) -> None:
+        self.config, self.ops, self.form = config, ops, form
+        eps = config.rms_norm_eps
+
+        def norm(name: str) -> Norm:
+            return Norm(weights.tensor(f"{prefix}.{name}.weight").float(), eps)
+
+        attn = f"{prefix}.self_attn"
+        self.input_norm = norm("input_layernorm")
+        self.kv_norm = norm("self_attn.kv_a_layernorm")
+        kv_a = weights.weight(f"{attn}.kv_a_proj_with_mqa.weight")
+        self.q_b: Any = None
+        if config.q_lora_rank is None:
+            self.q_width = config.num_attention_heads * config.qk_head_dim
+            first = weights.weight(f"{attn}.q_proj.weight")
+        else:
+            self.q_width = config.q_lora_rank
+            first = weights.weight(f"{attn}.q_a_proj.weight")
+            self.q_norm = norm("self_attn.q_a_layernorm")
+            self.q_b = ops.pack(weights.weight(f"{attn}.q_b_proj.weight"))
+        self.q_and_kv_a = ops.pack_stack([first, kv_a])
+        kv_b = weights.weight(f"{attn}.kv_b_proj.weight")
+        self.w_uk, self.w_uv = ops.pack_heads(
+            kv_b, config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+        )
+        self.kv_b = ops.pack(kv_b) if form == "naive" else None
+        self.o = ops.pack(weights.weight(f"{attn}.o_proj.weight"))
+
+    def __call__(self, x_TD: Tensor, batch: Batch, pages: Tensor, cos_sin_PR: Tensor) -> Tensor:
+        """x_TD float32 -> [T, D]; writes the rows' latents into `pages` [P, 64, X] first."""
+        ops, c = self.ops, self.config
+        a = ops.linear(x_TD, self.q_and_kv_a, norm=self.input_norm)
+        q, ckr_TX = a[:, : self.q_width], a[:, self.q_width :]
+        ops.store_latents(
+            ckr_TX, self.kv_norm, cos_sin_PR, batch.positions_T, batch.slots_T, pages
+        )
+        if self.q_b is not None:
+            q = ops.linear(q, self.q_b, norm=self.q_norm)
+        q_THW = q.reshape(len(x_TD), c.num_attention_heads, c.qk_head_dim)
+        if self.form == "naive":
+            heads = self._naive(q_THW, batch, pages, cos_sin_PR)
+        else:
+            q_THX = ops.absorb(q_THW, self.w_uk, cos_sin_PR, batch.positions_T)
+            u_THC = ops.mla_attention(
+                q_THX, pages, batch.page_table_BP, batch.sequence_T, batch.positions_T,
+                c.softmax_scale, c.kv_lora_rank,
+            )  # fmt: skip
+            heads = ops.unabsorb(u_THC, self.w_uv)
+        return ops.linear(heads, self.o, residual_TN=x_TD)
+
+    def _naive(self, q_THW: Tensor, batch: Batch, pages: Tensor, cos_sin_PR: Tensor) -> Tensor:
+        """Expand each sequence's cached latents to keys and values; plain attention."""
+        c = self.config
+        nope, heads = c.qk_nope_head_dim, c.num_attention_heads
+        cos_sin = cos_sin_PR[batch.positions_T.long()][:, None]
+        q_THW = torch.cat([q_THW[..., :nope], rotate_ref(q_THW[..., nope:], cos_sin)], dim=-1)
+        out_THV = q_THW.new_empty(len(q_THW), heads, c.v_head_dim)
+        for b in batch.sequence_T.unique().tolist():
+            rows = (batch.sequence_T == b).nonzero().flatten()
+            limit_T = batch.positions_T[rows].long()
+            cached_SX = pages[batch.page_table_BP[b].long()].flatten(0, 1)[: int(limit_T.max()) + 1]
+            kv = self.ops.linear(cached_SX[:, : c.kv_lora_rank], self.kv_b)
+            kv_SHW = kv.view(len(cached_SX), heads, nope + c.v_head_dim)
+            kr_S1R = cached_SX[:, None, c.kv_lora_rank :].expand(-1, heads, -1)
+            k_SHW = torch.cat([kv_SHW[..., :nope], kr_S1R], dim=-1)
+            scores_HTS = torch.einsum("thw,shw->hts", q_THW[rows], k_SHW) * c.softmax_scale
+            future_TS = torch.arange(len(cached_SX))[None, :] > limit_T[:, None]
+            probs_HTS = scores_HTS.masked_fill(future_TS, -torch.inf).softmax(dim=-1)
+            out_THV[rows] = torch.einsum("hts,shv->thv", probs_HTS, kv_SHW[..., nope:])
+        return out_THV.flatten(1)

@@ -1,0 +1,66 @@
+"""The multi-token-prediction module: layer N of the checkpoint, one token further ahead.
+
+Given the main model's hidden state at position i and the token at i + 1, it predicts the token at
+i + 2 (spec section 2). Embedding and head are the main model's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rayseek.kernels.ops import Norm, Ops
+from rayseek.model.batch import Batch
+from rayseek.model.checkpoint import Weights
+from rayseek.model.config import ModelConfig
+from rayseek.model.moe import LocalExperts
+from rayseek.model.transformer import Block, ExpertsFactory, Transformer
+
+
+class MTPModule:
+    """Draft module over its own layer of KV pages."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        ops: Ops,
+        main: Transformer,
+        experts: ExpertsFactory | None = None,
+    ) -> None:
+        layer = config.num_hidden_layers
+        prefix = f"model.layers.{layer}"
+        self.ops, self.main = ops, main
+
+        def norm(name: str) -> Norm:
+            return Norm(weights.tensor(f"{prefix}.{name}.weight").float(), config.rms_norm_eps)
+
+        self.embedding_norm, self.hidden_norm = norm("enorm"), norm("hnorm")
+        self.eh_proj = ops.pack(weights.weight(f"{prefix}.eh_proj.weight"))
+        self.block = Block(
+            config, weights, layer, ops, "absorbed",
+            experts or (lambda p: LocalExperts(config, weights, p, ops)),
+        )  # fmt: skip
+        self.final_norm = norm("shared_head.norm")
+
+    def __call__(self, batch: Batch, hidden_TD: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Draft logits float32 [R, V] for the out rows, and the normed states [T, D].
+
+        batch: ids are the tokens at i + 1, positions those of the hidden states i.
+        hidden_TD: the main model's states after its final norm, or this module's own output when
+        drafting further (spec 2.2: normed states are recycled). pages: [P, 64, X] of this module.
+        """
+        ops, main = self.ops, self.main
+        embedded_TD = main.embed_VD[batch.ids_T].float()
+        both = torch.cat(  # embedding first: the order of the checkpoint, not of the paper's eq. 21
+            [
+                ops.rms_norm(embedded_TD, self.embedding_norm),
+                ops.rms_norm(hidden_TD, self.hidden_norm),
+            ],
+            dim=1,
+        )
+        x_TD = ops.linear(both, self.eh_proj)
+        x_TD = self.block.attend(x_TD, batch, pages, main.cos_sin_PR)
+        x_TD = self.block.feed_forward(x_TD)
+        normed_TD = ops.rms_norm(x_TD, self.final_norm)
+        return ops.linear(normed_TD[batch.out_rows_R], main.head), normed_TD

@@ -1,0 +1,25 @@
+"""What the HTTP side needs of an engine: one method. The cluster's client implements it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from rayseek.cluster.request import Delta, Request
+
+
+class Deltas(AsyncIterator[Delta], Protocol):
+    """The deltas of one request, in order; an `AsyncGenerator[Delta, None]` is one."""
+
+    async def aclose(self) -> None:
+        """Give the request up: its pages are freed. Harmless after the end, and twice."""
+
+
+class Engine(Protocol):
+    def generate(self, request: Request) -> Deltas:
+        """Run `request`; nothing happens before the first `__anext__`.
+
+        The last delta carries `finish`. Raises `RequestRefused` from `__anext__`, normally before
+        the first delta. Cancelling the task that awaits `__anext__`, or `aclose`, cancels the
+        request. A sampled stop token may or may not be among the last delta's tokens.
+        """

@@ -1,0 +1,289 @@
+"""The ingress's end of the token channel: choose a rank, keep a journal, carry on after a death.
+
+Every request has a journal entry with all that is needed to continue it elsewhere: prompt,
+sampling parameters with the seed, and the ids emitted so far. When a rank dies, its requests are
+submitted again, to another rank or to its successor; since tokens depend on nothing but the
+request, the client sees a pause and the same text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field, replace
+
+import grpc
+import grpc.aio
+
+from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused, Token
+from rayseek.cluster.tokens_pb2 import Frame, Load, ToRank, Update
+from rayseek.cluster.wire import METHOD, SERVICE, delta_of, submit_message
+
+log = logging.getLogger("rayseek.dispatch")
+
+MAX_DEATHS = 3  # a request that was on board this many dying ranks is not given to another
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.keepalive_time_ms", 20_000),  # a host that vanished without closing its sockets
+    ("grpc.keepalive_timeout_ms", 10_000),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class RankAddress:
+    """Where a rank listens. `name` is new for every process, so a successor is another rank."""
+
+    name: str
+    target: str  # host:port
+
+
+Discover = Callable[[], Awaitable[list[RankAddress]]]
+
+
+class RankLost(Exception):
+    """The stream to a rank broke while a request was on it."""
+
+
+@dataclass(slots=True)
+class JournalEntry:
+    """What has been delivered of a request, and how often it had to move."""
+
+    request: Request
+    emitted: list[int] = field(default_factory=list)
+    cached_tokens: int | None = None
+    deaths: int = 0
+
+    def continuation(self) -> Request:
+        """The request as the next rank must see it."""
+        return replace(self.request, emitted_ids=(*self.request.emitted_ids, *self.emitted))
+
+    def record(self, delta: Delta) -> Delta:
+        """Note a delta before it is passed on. Usage keeps the first rank's cache count."""
+        self.emitted += [token.id for token in delta.tokens]
+        if self.cached_tokens is None:
+            self.cached_tokens = delta.cached_tokens
+        return replace(delta, cached_tokens=self.cached_tokens)
+
+
+class RankChannel:
+    """One open stream to one rank, shared by all requests of this ingress on it."""
+
+    def __init__(self, address: RankAddress) -> None:
+        self.address = address
+        self.load = Load()
+        self.alive = False
+        self._inboxes: dict[int, asyncio.Queue[Update | None]] = {}
+        self._next_handle = 0
+        self._outgoing: asyncio.Queue[ToRank | None] = asyncio.Queue()
+        self._channel = grpc.aio.insecure_channel(address.target, options=CHANNEL_OPTIONS)
+        self._reader = asyncio.create_task(self._read())
+        self.ready = asyncio.Event()  # set when connected, or when that failed
+
+    @property
+    def pressure(self) -> tuple[int, int]:
+        """Smaller is better: requests of ours there and its queue, then the pages it holds."""
+        return len(self._inboxes) + self.load.waiting, self.load.pages_held
+
+    def submit(self, request: Request) -> tuple[int, asyncio.Queue[Update | None]]:
+        self._next_handle += 1
+        handle = self._next_handle
+        inbox = self._inboxes[handle] = asyncio.Queue()
+        self._outgoing.put_nowait(ToRank(submit=submit_message(handle, request)))
+        return handle, inbox
+
+    def forget(self, handle: int, finished: bool) -> None:
+        """The request is over here; unless the rank knows, tell it."""
+        self._inboxes.pop(handle, None)
+        if not finished and self.alive:
+            self._outgoing.put_nowait(ToRank(cancel=handle))
+
+    async def close(self) -> None:
+        self._reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._reader
+        await self._channel.close()
+
+    async def _write(self) -> AsyncIterator[ToRank]:
+        while (message := await self._outgoing.get()) is not None:
+            yield message
+
+    async def _read(self) -> None:
+        call = self._channel.stream_stream(
+            f"/{SERVICE}/{METHOD}",
+            request_serializer=ToRank.SerializeToString,
+            response_deserializer=Frame.FromString,
+        )(self._write())
+        try:
+            async for frame in call:
+                if not self.alive:
+                    self.alive = True
+                    self.ready.set()
+                self.load = frame.load
+                for update in frame.updates:
+                    inbox = self._inboxes.get(update.handle)
+                    if inbox is not None:
+                        inbox.put_nowait(update)
+        except grpc.aio.AioRpcError as error:
+            log.warning("rank %s lost: %s", self.address.name, error.details())
+        finally:
+            self.alive = False
+            self.ready.set()
+            call.cancel()
+            for inbox in self._inboxes.values():
+                inbox.put_nowait(None)
+
+
+class Dispatcher:
+    """`generate` over all ranks that `discover` knows of.
+
+    patience_s: how long a request waits for a rank to come (back) before it is refused.
+    """
+
+    def __init__(
+        self, discover: Discover, patience_s: float = 120.0, refresh_s: float = 2.0
+    ) -> None:
+        self._discover = discover
+        self._patience_s = patience_s
+        self._refresh_s = refresh_s
+        self._channels: dict[str, RankChannel] = {}
+        self._wanted = asyncio.Event()
+        self._changed = asyncio.Condition()
+        self._refresher = asyncio.create_task(self._keep_fresh())
+
+    async def close(self) -> None:
+        self._refresher.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._refresher
+        for channel in self._channels.values():
+            await channel.close()
+
+    @property
+    def live_ranks(self) -> int:
+        return sum(channel.alive for channel in self._channels.values())
+
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """The request's deltas, the last of which carries `finish`.
+
+        Closing the iterator cancels the request. Raises RequestRefused when no rank takes it.
+        """
+        entry = JournalEntry(request)
+        refused_by: set[str] = set()
+        while True:
+            channel = await self._choose(refused_by)
+            try:
+                async with contextlib.aclosing(self._on_rank(channel, entry)) as deltas:
+                    async for delta in deltas:
+                        yield delta
+                return
+            except RankLost:
+                entry.deaths += 1
+                log.warning(
+                    "request %s moves on after %d tokens", request.id, len(entry.emitted)
+                )
+                if entry.deaths >= MAX_DEATHS:
+                    yield entry.record(
+                        Delta(
+                            request.id,
+                            finish=FinishReason.ERROR,
+                            error=f"{entry.deaths} ranks died while running this request",
+                        )
+                    )
+                    return
+            except RequestRefused as refusal:
+                refused_by.add(channel.address.name)
+                others = [c for c in self._alive() if c.address.name not in refused_by]
+                if not refusal.retryable or not others:
+                    raise
+
+    async def _on_rank(
+        self, channel: RankChannel, entry: JournalEntry
+    ) -> AsyncGenerator[Delta, None]:
+        handle, inbox = channel.submit(entry.continuation())
+        finished = False
+        try:
+            while True:
+                update = await inbox.get()
+                if update is None:
+                    raise RankLost(channel.address.name)
+                finished = update.finish != 0
+                delta = delta_of(update, entry.request.id)
+                while not finished and not inbox.empty():  # a slow reader catches up in one go
+                    update = inbox.get_nowait()
+                    if update is None:
+                        inbox.put_nowait(None)
+                        break
+                    finished = update.finish != 0
+                    delta = _merge(delta, delta_of(update, entry.request.id))
+                yield entry.record(delta)
+                if finished:
+                    return
+        finally:
+            channel.forget(handle, finished)
+
+    def _alive(self) -> list[RankChannel]:
+        return [channel for channel in self._channels.values() if channel.alive]
+
+    async def _choose(self, refused_by: set[str]) -> RankChannel:
+        """The least loaded live rank; waits for one if there is none."""
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            alive = self._alive()
+            willing = [c for c in alive if c.address.name not in refused_by] or alive
+            if willing:
+                return min(willing, key=lambda c: c.pressure)
+            self._wanted.set()
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()), self._changed:
+                    await self._changed.wait()
+            except TimeoutError:
+                raise RequestRefused(
+                    f"no rank is up, and none came within {self._patience_s:.0f} s; see the "
+                    "Serve page of the dashboard for the unit's state",
+                    retry_after_s=5.0,
+                ) from None
+
+    async def _keep_fresh(self) -> None:
+        """Connect to ranks that appear, drop those that are gone; hurry while one is wanted."""
+        while True:
+            try:
+                await self._refresh()
+            except Exception:  # discovery goes through the cluster, which may be recovering
+                log.exception("could not look for ranks; trying again")
+            pause = self._refresh_s
+            if not self._alive():
+                pause = min(0.1, pause)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._wanted.wait()
+                    self._wanted.clear()
+                    await asyncio.sleep(min(0.1, pause))
+
+    async def _refresh(self) -> None:
+        known = {address.name: address for address in await self._discover()}
+        for name, channel in list(self._channels.items()):
+            if channel.ready.is_set() and not channel.alive:
+                del self._channels[name]
+                await channel.close()
+        new = [RankChannel(a) for name, a in known.items() if name not in self._channels]
+        for channel in new:
+            self._channels[channel.address.name] = channel
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(5.0):
+                    await channel.ready.wait()
+        if new:
+            async with self._changed:
+                self._changed.notify_all()
+
+
+def _merge(first: Delta, second: Delta) -> Delta:
+    tokens: tuple[Token, ...] = first.tokens + second.tokens
+    return Delta(
+        first.request_id,
+        tokens,
+        second.finish,
+        first.cached_tokens if second.cached_tokens is None else second.cached_tokens,
+        second.error,
+    )

@@ -1,0 +1,132 @@
+"""Requests and deltas as the messages of `tokens.proto`, and back. Pure conversions."""
+
+from __future__ import annotations
+
+from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused, SamplingParams
+from rayseek.cluster.request import Token as SampledToken
+from rayseek.cluster.tokens_pb2 import (
+    CANCELLED,
+    ERROR,
+    LENGTH,
+    REFUSED,
+    RUNNING,
+    STOP,
+    Logprob,
+    Sampling,
+    Submit,
+    Update,
+)
+
+SERVICE = "rayseek.TokenChannel"
+METHOD = "Open"
+
+_TO_WIRE = {
+    None: RUNNING,
+    FinishReason.STOP: STOP,
+    FinishReason.LENGTH: LENGTH,
+    FinishReason.CANCELLED: CANCELLED,
+    FinishReason.ERROR: ERROR,
+}
+_FROM_WIRE = {value: key for key, value in _TO_WIRE.items()}
+
+
+def submit_message(handle: int, request: Request) -> Submit:
+    """The request as it travels; its id stays with the ingress, the handle stands for it."""
+    p = request.sampling
+    return Submit(
+        handle=handle,
+        prompt_ids=request.prompt_ids,
+        emitted_ids=request.emitted_ids,
+        cache_salt=request.cache_salt,
+        priority=request.priority,
+        sampling=Sampling(
+            max_tokens=p.max_tokens,
+            temperature=p.temperature,
+            top_k=p.top_k,
+            top_p=p.top_p,
+            min_p=p.min_p,
+            frequency_penalty=p.frequency_penalty,
+            presence_penalty=p.presence_penalty,
+            repetition_penalty=p.repetition_penalty,
+            bias_ids=[i for i, _ in p.logit_bias],
+            biases=[bias for _, bias in p.logit_bias],
+            seed=p.seed,
+            stop_token_ids=p.stop_token_ids,
+            min_tokens=p.min_tokens,
+            logprobs=p.logprobs,
+        ),
+    )
+
+
+def request_of(message: Submit, request_id: str) -> Request:
+    """The request of a Submit under the receiver's own id."""
+    s = message.sampling
+    return Request(
+        id=request_id,
+        prompt_ids=tuple(message.prompt_ids),
+        emitted_ids=tuple(message.emitted_ids),
+        cache_salt=message.cache_salt,
+        priority=message.priority,
+        sampling=SamplingParams(
+            max_tokens=s.max_tokens,
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            min_p=s.min_p,
+            frequency_penalty=s.frequency_penalty,
+            presence_penalty=s.presence_penalty,
+            repetition_penalty=s.repetition_penalty,
+            logit_bias=tuple(zip(s.bias_ids, s.biases, strict=True)),
+            seed=s.seed,
+            stop_token_ids=tuple(s.stop_token_ids),
+            min_tokens=s.min_tokens,
+            logprobs=s.logprobs if s.HasField("logprobs") else None,
+        ),
+    )
+
+
+def update_message(handle: int, delta: Delta) -> Update:
+    return Update(
+        handle=handle,
+        ids=[token.id for token in delta.tokens],
+        logprobs=[
+            Logprob(
+                logprob=token.logprob,
+                top_ids=[i for i, _ in token.top],
+                top_logprobs=[value for _, value in token.top],
+            )
+            for token in delta.tokens
+            if token.logprob is not None
+        ],
+        finish=_TO_WIRE[delta.finish],
+        cached_tokens=delta.cached_tokens,
+        message=delta.error or "",
+    )
+
+
+def refusal_message(handle: int, refusal: RequestRefused) -> Update:
+    return Update(
+        handle=handle, finish=REFUSED, message=refusal.reason, retryable=refusal.retryable
+    )
+
+
+def delta_of(update: Update, request_id: str) -> Delta:
+    """The delta of an Update. Raises RequestRefused for a refusal."""
+    if update.finish == REFUSED:
+        raise RequestRefused(update.message, update.retryable)
+    if update.logprobs:
+        tokens = tuple(
+            SampledToken(
+                i, lp.logprob, tuple(zip(lp.top_ids, lp.top_logprobs, strict=True))
+            )
+            for i, lp in zip(update.ids, update.logprobs, strict=True)
+        )  # fmt: skip
+    else:
+        tokens = tuple(SampledToken(i) for i in update.ids)
+    return Delta(
+        request_id,
+        tokens,
+        _FROM_WIRE[update.finish],
+        update.cached_tokens if update.HasField("cached_tokens") else None,
+        update.message or None,
+    )

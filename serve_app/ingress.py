@@ -1,0 +1,52 @@
+"""The ingress replica: our HTTP application, and the dispatcher that feeds it.
+
+Serve only places and discovers here. Tokens come over the dispatcher's own channels, not through
+Serve handles.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rayseek.cluster.config import Config
+from rayseek.cluster.dispatch import Dispatcher, RankAddress
+from rayseek.serve_app.app import ApiSettings, build_app
+from rayseek.serve_app.http_methods import accept_methods_in_any_case
+from rayseek.serve_app.tokenizer import Tokenizer
+
+
+class Ingress:
+    """Deployment class of `Ingress`. `decode` is the handle of the units' leaders."""
+
+    async def __init__(self, settings: ApiSettings, model_path: str, decode: Any) -> None:
+        accept_methods_in_any_case()
+        self._settings = settings
+        self._decode = decode
+        self._tokenizer = Tokenizer.from_pretrained(Path(model_path))
+        self._dispatcher = Dispatcher(self._discover)
+
+    async def _discover(self) -> list[RankAddress]:
+        """Every rank of every unit that serves now."""
+        units: list[list[RankAddress]] = await self._decode.broadcast("ranks")
+        return [rank for ranks in units for rank in ranks]
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        return build_app(self._settings, self._tokenizer, self._dispatcher)
+
+
+def api_settings(config: Config, context: int, keys: tuple[str, ...]) -> ApiSettings:
+    """The HTTP side's branch of the config, with what the model and the key file say."""
+    api = config.api
+    return ApiSettings(
+        model=config.model.name,
+        aliases=config.model.aliases,
+        context=context,
+        keys=keys,
+        temperature_mapping=api.temperature_mapping,
+        max_output_tokens=api.max_output_tokens,
+        default_output_tokens=api.default_output_tokens,
+        body_limit_bytes=int(api.body_limit_mib * 2**20),
+        keep_alive_s=api.keep_alive_s,
+        ready_window_s=api.ready_window_s,
+    )

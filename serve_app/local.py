@@ -1,0 +1,165 @@
+"""`rayseek serve` on one machine: a private Ray, the Serve application, a clean end.
+
+Nothing here touches another Ray on the machine: own ports, own folders, own session. Settings
+that Serve reads from the environment are set before Ray is imported, which is why this file
+imports it inside functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayseek.cluster.config import Config
+from rayseek.serve_app.app import ApiSettings
+
+log = logging.getLogger("rayseek.local")
+
+READY_TIMEOUT_S = 1800.0
+
+
+class StartError(RuntimeError):
+    """The service cannot start here; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A started service."""
+
+    address: str  # http://host:port
+    dashboard: str
+    logs: Path
+
+
+def free_port(preferred: int = 0) -> int:
+    """`preferred` if nobody listens there, else any free port of the loopback interface."""
+    for port in (preferred, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return int(probe.getsockname()[1])
+    raise StartError("no free TCP port on the loopback interface")
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise StartError if the API's port cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StartError(
+                f"cannot listen on {host}:{port}: {error.strerror}. If another server has the "
+                f"port, stop it or choose another: rayseek serve --port {port + 1}"
+            ) from None
+
+
+def serve_environment(config: Config, folder: Path) -> dict[str, str]:
+    """What Serve must find in the environment of every process of the cluster.
+
+    HAProxy and throughput mode: five times less CPU per token than Serve's defaults. HAProxy's
+    files and ports are private, since its defaults are shared by all of a machine's clusters.
+    """
+    longest = config.ingress.longest_stream_s
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(longest),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(longest),
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(longest),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",  # loopback only; clusters of several hosts set it themselves
+    }
+
+
+@contextlib.contextmanager
+def running(config: Config, model_path: Path, settings: ApiSettings) -> Iterator[Running]:
+    """Start Ray and the application, wait until it answers, and take everything down at the end.
+
+    Raises StartError when it cannot start.
+    """
+    check_port(config.ingress.host, config.ingress.port)
+    folder = Path(tempfile.mkdtemp(prefix="rayseek-", dir="/tmp"))  # short: it holds sockets
+    os.environ.update(serve_environment(config, folder))
+    import ray
+    from ray import serve
+
+    from rayseek.serve_app.deploy import APP_NAME, build
+
+    try:
+        context: Any = ray.init(
+            address="local",
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=free_port(8265),
+            num_cpus=max(4, os.cpu_count() or 1),
+            object_store_memory=100 * 2**20,  # nothing of ours goes through the object store
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _temp_dir=str(folder / "ray"),
+            _node_ip_address="127.0.0.1",
+        )
+        serve.start(
+            http_options={"host": config.ingress.host, "port": config.ingress.port},
+            logging_config={"log_level": "WARNING"},
+        )
+        logs = folder / "ray" / "session_latest" / "logs"
+        serve.run(build(config, model_path, settings), name=APP_NAME, route_prefix="/")
+        host = "127.0.0.1" if config.ingress.host in ("0.0.0.0", "::") else config.ingress.host
+        address = f"http://{host}:{config.ingress.port}"
+        _wait_until_ready(f"{address}/ready")
+        yield Running(address, f"http://{context.dashboard_url}", logs)
+    finally:
+        with _uninterrupted():
+            with contextlib.suppress(Exception):
+                serve.shutdown()
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_until_ready(url: str) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, urllib.error.URLError):
+            with urllib.request.urlopen(url, timeout=60) as answer:
+                if answer.status == 200:
+                    return
+        time.sleep(0.2)
+    raise StartError(f"{url} did not answer within {READY_TIMEOUT_S:.0f} s")
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A second Ctrl-C must not leave half of the processes behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -8,8 +8,12 @@ from typing import Protocol
 from rayseek.cluster.request import Delta, Request
 
 
-class Deltas(AsyncIterator[Delta], Protocol):
+class Deltas(Protocol):
     """The deltas of one request, in order; an `AsyncGenerator[Delta, None]` is one."""
+
+    def __aiter__(self) -> AsyncIterator[Delta]: ...
+
+    async def __anext__(self) -> Delta: ...
 
     async def aclose(self) -> None:
         """Give the request up: its pages are freed. Harmless after the end, and twice."""

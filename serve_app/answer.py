@@ -1,0 +1,236 @@
+"""One HTTP request's answer, streamed or whole, from the same pieces.
+
+Written for many streams at once: the fixed parts of a chunk are serialised once per answer, and a
+token costs one `json.dumps` of its text and one send.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from json.encoder import encode_basestring
+from typing import Any, Protocol
+
+from rayseek.cluster.request import Token
+from rayseek.serve_app.engine_port import Engine
+from rayseek.serve_app.generation import Choice, OutToken, Pieces, run, usage
+from rayseek.serve_app.settings import ApiSettings
+from rayseek.serve_app.tokenizer import Tokenizer
+
+LOWEST_LOGPROB = -9999.0
+DONE = b"data: [DONE]\n\n"
+
+
+def json_string(text: str) -> str:
+    """JSON of a string, UTF-8 kept. Line breaks that only Unicode knows are escaped, because
+    some clients split event streams at them."""
+    written = encode_basestring(text)
+    if not written.isascii():
+        for char in "\x85\u2028\u2029":
+            written = written.replace(char, f"\\u{ord(char):04x}")
+    return written
+
+
+def dump(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def event(document: str) -> bytes:
+    return f"data: {document}\n\n".encode()
+
+
+class Head:
+    """The fields that every chunk and document of one answer carries."""
+
+    def __init__(self, model: str, settings: ApiSettings) -> None:
+        self.id, self.created = str(uuid.uuid4()), int(time.time())
+        self._model, self._fingerprint = model, settings.fingerprint
+
+    def fields(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self._model,
+            "system_fingerprint": self._fingerprint,
+        }
+
+
+class Dialect(Protocol):
+    """How one endpoint writes pieces: chat messages or plain text."""
+
+    object: str  # "chat.completion" or "text_completion"
+    chunk_object: str
+
+    field: str  # of a chunk, that carries text: "delta" or "text"
+
+    def delta(self, text: str) -> str:
+        """JSON of that field."""
+
+    def opening(self, choice: Choice) -> str | None:
+        """The same of a choice's first chunk, if the dialect has one."""
+
+    def result(self, choice: Choice, text: str) -> dict[str, Any]:
+        """The part of a whole choice that carries its text."""
+
+    def logprobs(self, tokens: Sequence[OutToken]) -> Any: ...
+
+
+class Answer:
+    def __init__(
+        self,
+        head: Head,
+        dialect: Dialect,
+        engine: Engine,
+        choices: Sequence[Choice],
+        *,
+        logprobs: bool,
+        include_usage: bool = False,
+    ) -> None:
+        self._head, self._dialect, self._engine = head, dialect, engine
+        self._choices, self._logprobs = choices, logprobs
+        self._include_usage = include_usage
+
+    def _pieces(self) -> Pieces:
+        return run(self._engine, self._choices)
+
+    async def document(self) -> dict[str, Any]:
+        """The whole answer. Raises what the engine raises."""
+        texts: list[list[str]] = [[] for _ in self._choices]
+        tokens: list[list[OutToken]] = [[] for _ in self._choices]
+        finish: dict[int, str | None] = {}
+        pieces = self._pieces()
+        try:
+            async for choice, piece in pieces:
+                texts[choice.index].append(piece.text)
+                tokens[choice.index] += piece.tokens
+                finish[choice.index] = piece.finish
+        finally:
+            await pieces.aclose()
+        results = [
+            {
+                "index": choice.index,
+                **self._dialect.result(choice, "".join(texts[choice.index])),
+                "logprobs": self._dialect.logprobs(tokens[choice.index])
+                if self._logprobs
+                else None,
+                "finish_reason": finish[choice.index],
+            }
+            for choice in self._choices
+        ]
+        return {
+            **self._head.fields(self._dialect.object),
+            "choices": results,
+            "usage": usage(self._choices),
+        }
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Server-sent events, at most one `bytes` per delta. Raises what the engine raises."""
+        dialect, running = self._dialect, len(self._choices)
+        start = dump(self._head.fields(dialect.chunk_object))[:-1]
+        tail = b',"usage":null}\n\n' if self._include_usage else b"}\n\n"
+        befores = [
+            f'data: {start},"choices":[{{"index":{choice.index},"{dialect.field}":'.encode()
+            for choice in self._choices
+        ]
+        after = b',"logprobs":null,"finish_reason":null}]' + tail
+        openings = zip(befores, map(dialect.opening, self._choices), strict=True)
+        out = b"".join(before + text.encode() + after for before, text in openings if text)
+        pieces = self._pieces()
+        try:
+            async for choice, piece in pieces:
+                before = befores[choice.index]
+                if piece.tokens and self._logprobs:
+                    logprobs = dump(dialect.logprobs(piece.tokens))
+                    out += before + dialect.delta(piece.text).encode()
+                    out += f',"logprobs":{logprobs},"finish_reason":null}}]'.encode() + tail
+                elif piece.text:
+                    out += before + dialect.delta(piece.text).encode() + after
+                if piece.finish:
+                    running -= 1
+                    out += before + dialect.delta("").encode()
+                    out += f',"logprobs":null,"finish_reason":"{piece.finish}"}}]'.encode()
+                    out += self._ending(start, tail, last=not running)
+                if out:
+                    yield out
+                    out = b""
+        finally:
+            await pieces.aclose()
+
+    def _ending(self, start: str, tail: bytes, *, last: bool) -> bytes:
+        """The end of a choice's last chunk; of the last choice with usage and [DONE]."""
+        if not last:
+            return tail
+        counts = dump(usage(self._choices))
+        out = f',"usage":{counts}}}\n\n'.encode()
+        if self._include_usage:
+            out += event(f'{start},"choices":[],"usage":{counts}}}')
+        return out + DONE
+
+
+def logprob_of(value: float | None) -> float:
+    """A finite number: JSON knows no -Infinity."""
+    return LOWEST_LOGPROB if value is None or not value > LOWEST_LOGPROB else value
+
+
+class ChatDialect:
+    object, chunk_object, field = "chat.completion", "chat.completion.chunk", "delta"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._bytes = tokenizer.token_bytes
+
+    def delta(self, text: str) -> str:
+        return f'{{"content":{json_string(text)}}}'
+
+    def opening(self, choice: Choice) -> str | None:
+        return '{"role":"assistant","content":""}'
+
+    def result(self, choice: Choice, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}}
+
+    def logprobs(self, tokens: Sequence[OutToken]) -> Any:
+        entries = []
+        for out in tokens:
+            top = [self._entry(token_id, value) for token_id, value in out.token.top]
+            entry = self._entry(out.token.id, out.token.logprob)
+            entries.append({**entry, "top_logprobs": top})
+        return {"content": entries}
+
+    def _entry(self, token_id: int, value: float | None) -> dict[str, Any]:
+        raw = self._bytes(token_id)
+        text = raw.decode("utf-8", "replace")
+        return {"token": text, "logprob": logprob_of(value), "bytes": list(raw)}
+
+
+class TextDialect:
+    object, chunk_object, field = "text_completion", "text_completion", "text"
+
+    def __init__(self, tokenizer: Tokenizer, echo: Sequence[str] = ()) -> None:
+        """`echo`: the prompts, to be repeated before their answers."""
+        self._tokenizer, self._echo = tokenizer, echo
+
+    def _prompt(self, choice: Choice) -> str:
+        return self._echo[choice.prompt_index] if self._echo else ""
+
+    def delta(self, text: str) -> str:
+        return json_string(text)
+
+    def opening(self, choice: Choice) -> str | None:
+        return json_string(self._prompt(choice)) if self._echo else None
+
+    def result(self, choice: Choice, text: str) -> dict[str, Any]:
+        return {"text": self._prompt(choice) + text}
+
+    def logprobs(self, tokens: Sequence[OutToken]) -> Any:
+        def top(token: Token) -> dict[str, float]:
+            pairs = (*token.top, (token.id, token.logprob))
+            return {self._tokenizer.decode([i]): logprob_of(value) for i, value in pairs}
+
+        return {
+            "tokens": [self._tokenizer.decode([out.token.id]) for out in tokens],
+            "token_logprobs": [logprob_of(out.token.logprob) for out in tokens],
+            "top_logprobs": [top(out.token) for out in tokens],
+            "text_offset": [out.offset for out in tokens],
+        }

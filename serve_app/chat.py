@@ -1,0 +1,38 @@
+"""`/chat/completions`: a chat request to an answer."""
+
+from __future__ import annotations
+
+from rayseek.serve_app.answer import Answer, ChatDialect, Head
+from rayseek.serve_app.engine_port import Engine
+from rayseek.serve_app.generation import encode, make_choices
+from rayseek.serve_app.prompt import in_call_order, render_chat
+from rayseek.serve_app.protocol import ChatRequest
+from rayseek.serve_app.settings import ApiSettings
+from rayseek.serve_app.tokenizer import Tokenizer
+
+
+async def chat_answer(
+    body: ChatRequest, settings: ApiSettings, tokenizer: Tokenizer, engine: Engine
+) -> Answer:
+    """Render, tokenise and set up; nothing runs yet. Raises ApiError (400)."""
+    body.check()
+    messages = in_call_order(body.template_messages())
+    prompt = render_chat(messages, tools=body.template_tools())
+    ids = await encode(tokenizer, [prompt])
+    head = Head(body.model, settings)
+    choices = make_choices(
+        body,
+        ids,
+        request_id=head.id,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        settings=settings,
+        tokenizer=tokenizer,
+    )
+    return Answer(
+        head,
+        ChatDialect(tokenizer),
+        engine,
+        choices,
+        logprobs=bool(body.logprobs),
+        include_usage=body.include_usage,
+    )

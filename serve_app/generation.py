@@ -1,0 +1,217 @@
+"""From the engine's deltas to the pieces of an answer: the one source of every response.
+
+A streamed and a plain answer are both built from these pieces, in this order, so they cannot
+differ. Several choices of one HTTP request run side by side here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+
+from rayseek.cluster.request import Delta, FinishReason, Request, Token
+from rayseek.serve_app.detokenize import TextStream
+from rayseek.serve_app.engine_port import Engine
+from rayseek.serve_app.errors import bad_request, server_error
+from rayseek.serve_app.protocol import GenerationFields
+from rayseek.serve_app.sampling import for_choice, output_limit, sampling_params
+from rayseek.serve_app.settings import ApiSettings
+from rayseek.serve_app.tokenizer import Prompt, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class OutToken:
+    """A token to report log-probabilities of; `offset`: characters decoded before it."""
+
+    token: Token
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one delta adds to a choice. The last piece has `finish`: "stop" or "length"."""
+
+    text: str
+    tokens: Sequence[OutToken] = ()  # only when log-probabilities were asked for
+    finish: str | None = None
+
+
+class Choice:
+    """One sequence being answered: its request, its text so far, its counts."""
+
+    def __init__(
+        self,
+        index: int,
+        prompt_index: int,
+        request: Request,
+        text: TextStream,
+        silent: frozenset[int],
+    ) -> None:
+        """`silent`: stop tokens that are neither shown nor counted, EOS among them."""
+        self.index, self.prompt_index, self.request = index, prompt_index, request
+        self.prompt_tokens = len(request.prompt_ids)
+        self.cached_tokens = 0  # of the prompt, as the engine told
+        self._text, self._silent = text, silent
+        self._logprobs = request.sampling.logprobs is not None
+
+    @property
+    def completion_tokens(self) -> int:
+        return self._text.tokens
+
+    def feed(self, delta: Delta) -> Piece:
+        """Raises ApiError when the engine gave this request up."""
+        if delta.cached_tokens is not None:
+            self.cached_tokens = delta.cached_tokens
+        if delta.finish in (FinishReason.ERROR, FinishReason.CANCELLED):
+            raise server_error(delta.error or f"the engine ended this request: {delta.finish}")
+        stream, text = self._text, ""
+        shown: list[OutToken] = []
+        for token in delta.tokens:
+            if token.id in self._silent:
+                break  # the engine's stop token, always the last
+            if self._logprobs:
+                shown.append(OutToken(token, stream.decoded))
+            text += stream.push(token.id)
+            if stream.stopped:
+                return Piece(text, shown, "stop")
+        if delta.finish is None:
+            return Piece(text, shown)
+        text += stream.close()
+        return Piece(text, shown, "stop" if stream.stopped else delta.finish.value)
+
+
+async def encode(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Tokenise; long prompts in a thread, so that other callers' streams flow on."""
+    if sum(len(piece) for prompt in prompts for piece in prompt if isinstance(piece, str)) < 8192:
+        return [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    return await asyncio.to_thread(lambda: [tokenizer.encode_prompt(p) for p in prompts])
+
+
+def make_choices(
+    body: GenerationFields,
+    prompts: Sequence[Sequence[int]],
+    *,
+    request_id: str,
+    logprobs: int | None,
+    settings: ApiSettings,
+    tokenizer: Tokenizer,
+) -> list[Choice]:
+    """`n` choices of each prompt, numbered through. Raises ApiError (400)."""
+    n = body.n or 1
+    if n * len(prompts) > settings.max_choices:
+        raise bad_request(
+            f"this request asks for {n * len(prompts)} choices; at most {settings.max_choices} "
+            "are allowed",
+            param="n",
+        )
+    hidden = frozenset() if body.skip_special_tokens is False else tokenizer.special_ids
+    silent = set() if body.include_stop_str_in_output else set(body.stop_token_ids or ())
+    if not body.ignore_eos:
+        silent.add(tokenizer.eos_id)
+    choices: list[Choice] = []
+    for prompt_index, prompt in enumerate(prompts):
+        params = sampling_params(
+            body,
+            max_tokens=output_limit(body, len(prompt), settings),
+            logprobs=logprobs,
+            settings=settings,
+            tokenizer=tokenizer,
+        )
+        for _ in range(n):
+            index = len(choices)
+            request = Request(
+                id=f"{request_id}-{index}" if n * len(prompts) > 1 else request_id,
+                prompt_ids=tuple(prompt),
+                sampling=for_choice(params, index),
+                cache_salt=body.cache_salt or "",
+                priority=body.priority or 0,
+            )
+            text = TextStream(
+                tokenizer.token_bytes,
+                stop=body.stop or (),
+                include_stop=bool(body.include_stop_str_in_output),
+                min_tokens=params.min_tokens,
+                hidden=hidden,
+            )
+            choices.append(Choice(index, prompt_index, request, text, frozenset(silent)))
+    return choices
+
+
+Pieces = AsyncGenerator[tuple[Choice, Piece], None]
+
+
+async def _run_one(engine: Engine, choice: Choice) -> Pieces:
+    deltas = engine.generate(choice.request)
+    try:
+        async for delta in deltas:
+            piece = choice.feed(delta)
+            yield choice, piece
+            if piece.finish:
+                return
+        raise server_error("the engine ended this request without a finish reason")
+    finally:
+        await deltas.aclose()
+
+
+async def run(engine: Engine, choices: Sequence[Choice]) -> Pieces:
+    """Every choice's pieces until all have finished. Closing it cancels what still runs.
+
+    Raises the first error of any choice, after cancelling the others.
+    """
+    if len(choices) == 1:
+        one = _run_one(engine, choices[0])
+        try:
+            async for item in one:
+                yield item
+        finally:
+            await one.aclose()
+        return
+    # Bounded, so that a slow reader holds the engine's streams back instead of filling memory.
+    queue: asyncio.Queue[tuple[Choice, Piece] | BaseException] = asyncio.Queue(4 * len(choices))
+
+    async def pump(choice: Choice) -> None:
+        pieces = _run_one(engine, choice)
+        try:
+            async for item in pieces:
+                await queue.put(item)
+        except Exception as error:
+            await queue.put(error)
+        finally:
+            await pieces.aclose()
+
+    tasks = [asyncio.create_task(pump(choice)) for choice in choices]
+    try:
+        running = len(choices)
+        while running:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            running -= item[1].finish is not None
+            yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def usage(choices: Sequence[Choice]) -> dict[str, object]:
+    """The usage object. Choices of the same prompt count it once (spec section 6.6).
+
+    A prompt's hits are those that every one of its choices had.
+    """
+    prompts: dict[int, tuple[int, int]] = {}  # prompt -> (its tokens, hits)
+    for choice in choices:
+        tokens, hit = prompts.get(choice.prompt_index, (choice.prompt_tokens, choice.prompt_tokens))
+        prompts[choice.prompt_index] = tokens, min(hit, choice.cached_tokens)
+    prompt_tokens = sum(tokens for tokens, _ in prompts.values())
+    hits = sum(hit for _, hit in prompts.values())
+    completion = sum(choice.completion_tokens for choice in choices)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": hits},
+        "prompt_cache_hit_tokens": hits,
+        "prompt_cache_miss_tokens": prompt_tokens - hits,
+    }

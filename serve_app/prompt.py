@@ -1,0 +1,206 @@
+"""Messages to prompts by the rules of V3-0324's chat template (spec sections 5.3 and 5.5).
+
+A prompt is control tokens and text spans, never one string: what a caller wrote can not be taken
+for structure. The order rules of messages, with DeepSeek's own error texts, are checked here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rayseek.serve_app.errors import ApiError, bad_request
+from rayseek.serve_app.tokenizer import Control, Prompt
+
+Role = Literal["system", "user", "assistant", "tool"]
+DEFAULT_SYSTEM = "You are a helpful Assistant."
+JSON_MODE = "\n\n## Response Format\n\nReply with JSON object ONLY."
+
+UNANSWERED_CALLS = (
+    "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
+    "'tool_call_id'. (insufficient tool messages following tool_calls message)"
+)
+STRAY_RESULT = (
+    "Messages with role 'tool' must be a response to a preceding message with 'tool_calls'"
+)
+EMPTY_ASSISTANT = "Invalid assistant message: content or tool_calls must be set"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    id: str
+    name: str
+    arguments: str  # exactly as the model wrote them: reserialised JSON has other tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """`content` is None only beside tool calls; `prefix`: the answer goes on from this text."""
+
+    role: Role
+    content: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    prefix: bool = False
+
+
+class _Writer:
+    """Collects a prompt; text pieces that meet become one span, as tokenisation needs."""
+
+    def __init__(self) -> None:
+        self._pieces: list[Control | str] = []
+
+    def write(self, *pieces: Control | str) -> None:
+        for piece in pieces:
+            last = self._pieces[-1] if self._pieces else None
+            if isinstance(piece, str) and isinstance(last, str):
+                self._pieces[-1] = last + piece
+            elif piece != "":
+                self._pieces.append(piece)
+
+    def prompt(self) -> Prompt:
+        return tuple(self._pieces)
+
+
+def render_chat(
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    json_mode: bool = False,
+    generation_prompt: bool = True,
+) -> Prompt:
+    """A conversation as a prompt. `tools` are function objects (name, description, parameters).
+
+    A last message with `prefix` is left open, without EOS. Message order is not checked here.
+    """
+    prefix = messages[-1].content if messages and messages[-1].prefix else None
+    if prefix is not None:
+        messages, generation_prompt = messages[:-1], True
+    out = _Writer()
+    out.write(Control.BOS, _system_text(messages, tools, json_mode))
+    last: Role | None = None
+    after_results = False
+    for message in messages:
+        match message.role:
+            case "system":
+                continue
+            case "user":
+                out.write(Control.USER, message.content or "", Control.ASSISTANT)
+                after_results = False
+            case "assistant":
+                if after_results:
+                    out.write(Control.OUTPUTS_END)
+                out.write(message.content or "")
+                _write_calls(out, message.tool_calls)
+                out.write(Control.EOS)
+                after_results = False
+            case "tool":
+                out.write("\n" if after_results else Control.OUTPUTS_BEGIN)
+                out.write(Control.OUTPUT_BEGIN, message.content or "", Control.OUTPUT_END)
+                after_results = True
+        last = message.role
+    if after_results:
+        out.write(Control.OUTPUTS_END)
+    if generation_prompt and last not in ("user", "tool"):
+        out.write(Control.ASSISTANT)
+    if prefix is not None:
+        out.write(prefix)
+    return out.prompt()
+
+
+def render_fim(prefix: str, suffix: str) -> Prompt:
+    """Fill in the middle: the model writes what stands between the two (spec 5.5)."""
+    out = _Writer()
+    out.write(Control.BOS, Control.FIM_BEGIN, prefix, Control.FIM_HOLE, suffix, Control.FIM_END)
+    return out.prompt()
+
+
+def render_text(text: str) -> Prompt:
+    """A raw completion: BOS and the text."""
+    return (Control.BOS, text) if text else (Control.BOS,)
+
+
+def as_text(prompt: Prompt) -> str:
+    """The prompt with control tokens by name: for people and logs, not for tokenising."""
+    return "".join(p.value if isinstance(p, Control) else p for p in prompt)
+
+
+def _system_text(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], json_mode: bool
+) -> str:
+    text = "\n\n".join(m.content or "" for m in messages if m.role == "system")
+    if tools or json_mode:
+        text = text or DEFAULT_SYSTEM
+    if tools:
+        blocks = (
+            f"- `{tool['name']}`:\n```json\n{json.dumps(tool, indent=4, ensure_ascii=False)}\n```"
+            for tool in tools
+        )
+        text += "\n\n## Tools\n\n### Function\n\nYou have the following functions available:\n\n"
+        text += "\n".join(blocks)
+    return text + JSON_MODE if json_mode else text
+
+
+def _write_calls(out: _Writer, calls: Sequence[ToolCall]) -> None:
+    for index, call in enumerate(calls):
+        out.write("\n" if index else Control.CALLS_BEGIN)
+        out.write(Control.CALL_BEGIN, "function", Control.TOOL_SEP)
+        out.write(f"{call.name}\n```json\n{call.arguments}\n```", Control.CALL_END)
+    if calls:
+        out.write(Control.CALLS_END)
+
+
+def in_call_order(messages: Sequence[Message]) -> list[Message]:
+    """Check the order of messages and sort tool results into the order of their calls.
+
+    System messages are hoisted by the template, so they do not count here. Raises ApiError (400)
+    with DeepSeek's texts (spec section 6.5).
+    """
+    ordered: list[Message] = []
+    waiting: list[str] = []  # ids of calls not answered yet
+    results: list[tuple[int, Message]] = []  # (index of the call, its result)
+    calls: list[str] = []
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if message.role == "system":
+            ordered.append(message)
+            continue
+        if message.role == "tool":
+            if message.tool_call_id not in waiting:
+                raise bad_request(STRAY_RESULT, param=f"{where}.tool_call_id")
+            taken = {position for position, _ in results}
+            position = next(
+                i for i, c in enumerate(calls) if c == message.tool_call_id and i not in taken
+            )
+            results.append((position, message))
+            waiting.remove(message.tool_call_id)
+            if not waiting:
+                ordered += [result for _, result in sorted(results, key=lambda r: r[0])]
+                results, calls = [], []
+            continue
+        if waiting:
+            raise bad_request(UNANSWERED_CALLS, param=where)
+        _check_assistant(message, where, last=index == len(messages) - 1)
+        calls = [call.id for call in message.tool_calls]
+        waiting = list(calls)
+        ordered.append(message)
+    if waiting:
+        raise bad_request(UNANSWERED_CALLS, param=f"messages[{len(messages) - 1}]")
+    return ordered
+
+
+def _check_assistant(message: Message, where: str, *, last: bool) -> None:
+    """Raises ApiError for an assistant message that says nothing or is a prefix out of place."""
+    problem: ApiError | None = None
+    if message.role == "assistant" and message.content is None and not message.tool_calls:
+        problem = bad_request(EMPTY_ASSISTANT, param=where)
+    elif message.prefix and message.role != "assistant":
+        problem = bad_request("prefix needs a message of role assistant", param=f"{where}.prefix")
+    elif message.prefix and not last:
+        problem = bad_request("prefix must be on the last message", param=f"{where}.prefix")
+    elif message.prefix and (message.tool_calls or message.content is None):
+        problem = bad_request("a prefix is text, without tool_calls", param=f"{where}.prefix")
+    if problem:
+        raise problem

@@ -1,0 +1,37 @@
+"""What the API needs to know about its deployment."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+TemperatureMapping = Literal["deepseek", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class ApiSettings:
+    """Built by the Ingress from the cluster's config; constant while it runs."""
+
+    model: str  # the name that callers ask for
+    context_length: int  # prompt and answer together, in tokens
+    api_keys: tuple[str, ...]  # at least one
+    aliases: tuple[str, ...] = ()  # further names, such as "deepseek-chat"
+    max_output_tokens: int = 8192  # the most a caller may ask for
+    default_output_tokens: int = 4096  # when the caller does not say; less if the context is short
+    temperature_mapping: TemperatureMapping = "deepseek"  # spec section 6.1
+    max_choices: int = 16  # sequences per HTTP request
+    body_limit_bytes: int = 8 * 2**20
+    keep_alive_s: float = 10.0  # a silent stream sends a comment this often
+    ready_window_s: float = 30.0  # a token this fresh proves readiness
+    probe_timeout_s: float = 10.0  # how long a probe token may take
+    fingerprint: str = "fp_rayseek"
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        if not self.api_keys:
+            raise ValueError("api_keys is empty: the API would answer nobody")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (self.model, *self.aliases)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from rayseek.kernels.native import NativeOps
+from rayseek.kernels.native_build import NativeUnavailableError
 from rayseek.kernels.ops import Ops
 from rayseek.kernels.reference import ReferenceOps
 
@@ -17,22 +19,27 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_ops(device: str = "cpu", prefer: Preference = "auto") -> Choice:
+def choose_ops(device: str = "cpu", prefer: Preference = "auto", threads: int = 1) -> Choice:
     """The operations for a device, with the reason.
 
-    "auto" takes the native ones where they can be built and loaded, else the reference. Raises
-    ValueError for a device without operations, RuntimeError when "native" is asked for and
-    cannot be had.
+    "auto" takes the native ones where they can be built and loaded, else the reference. threads:
+    how many may share a call with much work. Raises ValueError for a device without operations,
+    NativeUnavailableError when "native" is asked for and cannot be had.
     """
     if device != "cpu":
         raise ValueError(f"no operations for device {device!r}: use 'cpu'")
     if prefer == "reference":
-        return Choice(ReferenceOps(), "plain PyTorch: chosen by configuration")
-    if prefer == "native":
-        raise RuntimeError("native operations cannot be used")
-    return Choice(ReferenceOps(), "plain PyTorch")
+        return Choice(ReferenceOps(), "plain PyTorch (slow): chosen by configuration")
+    try:
+        native = NativeOps(threads)
+    except NativeUnavailableError as error:
+        if prefer == "native":
+            raise
+        return Choice(ReferenceOps(), f"plain PyTorch (slow): {error}")
+    how = "AMX tiles" if native.amx else "vector code, no AMX here"
+    return Choice(native, f"C++ built for this CPU: {how}")
 
 
-def ops_for(device: str = "cpu", prefer: Preference = "auto") -> Ops:
+def ops_for(device: str = "cpu", prefer: Preference = "auto", threads: int = 1) -> Ops:
     """`choose_ops` without the reason."""
-    return choose_ops(device, prefer).ops
+    return choose_ops(device, prefer, threads).ops

@@ -1,0 +1,229 @@
+"""How fast the operations are here: `python -m rayseek.kernels.bench [native|reference]`.
+
+Times each operation, then whole decode steps and a prefill composed of them, on a random
+DeepSeek-V3 architecture small enough for one core. One thread; best of several repetitions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayseek.kernels.ops import Norm, Ops, Weight
+from rayseek.kernels.reference import ReferenceOps
+from rayseek.kernels.rope import yarn_cos_sin
+from rayseek.kernels.select import choose_ops
+
+LAYERS, HIDDEN, HEADS, Q_LORA, LATENT, ROPE, NOPE, VALUE = 8, 256, 8, 128, 512, 64, 128, 128
+DENSE, EXPERTS, EXPERT, GROUPS, KEEP, TOP_K, VOCAB = 768, 32, 128, 4, 2, 4, 4096
+PAGE, EPS, SCALE = 64, 1e-6, 0.1352
+
+
+def random_weight(n: int, k: int) -> Weight:
+    return Weight((torch.randn(n, k) * k**-0.5).bfloat16())
+
+
+@dataclass
+class Layer:
+    """One layer's packed weights; the names are those of the checkpoint."""
+
+    norm: Norm
+    qkv_a: Any
+    q_norm: Norm
+    q_b: Any
+    kv_norm: Norm
+    w_uk: Any
+    w_uv: Any
+    o: Any
+    gate_up: Any
+    down: Any
+    gate: Any = None
+    bias: Tensor | None = None
+    experts: Any = None
+
+
+def random_layer(ops: Ops, dense: bool) -> Layer:
+    inner = DENSE if dense else EXPERT
+    kv_b = random_weight(HEADS * (NOPE + VALUE), LATENT)
+    w_uk, w_uv = ops.pack_heads(kv_b, HEADS, NOPE, VALUE)
+    layer = Layer(
+        norm=Norm(torch.ones(HIDDEN), EPS),
+        qkv_a=ops.pack_stack([random_weight(Q_LORA, HIDDEN), random_weight(576, HIDDEN)]),
+        q_norm=Norm(torch.ones(Q_LORA), EPS),
+        q_b=ops.pack(random_weight(HEADS * (NOPE + ROPE), Q_LORA)),
+        kv_norm=Norm(torch.ones(LATENT), EPS),
+        w_uk=w_uk,
+        w_uv=w_uv,
+        o=ops.pack(random_weight(HIDDEN, HEADS * VALUE)),
+        gate_up=ops.pack_stack([random_weight(inner, HIDDEN), random_weight(inner, HIDDEN)]),
+        down=ops.pack(random_weight(HIDDEN, inner)),
+    )
+    if not dense:
+        layer.gate = ops.pack(Weight(torch.randn(EXPERTS, HIDDEN) * HIDDEN**-0.5))
+        layer.bias = torch.randn(EXPERTS) * 0.1
+        layer.experts = ops.pack_experts(
+            [[random_weight(EXPERT, HIDDEN) for _ in range(2)] for _ in range(EXPERTS)],
+            [random_weight(HIDDEN, EXPERT) for _ in range(EXPERTS)],
+        )
+    return layer
+
+
+@dataclass
+class Rows:
+    """New rows of some sequences that already have `context` tokens each."""
+
+    position: Tensor
+    slot: Tensor
+    sequence: Tensor
+    table: Tensor
+
+    @staticmethod
+    def of(sequences: int, new: int, context: int) -> Rows:
+        pages = -(-(context + new) // PAGE)
+        table = torch.arange(sequences * pages, dtype=torch.int32).view(sequences, pages)
+        position = torch.arange(context, context + new)
+        slot = table.long()[:, position // PAGE] * PAGE + position % PAGE
+        return Rows(
+            position.repeat(sequences).int(),
+            slot.flatten(),
+            torch.arange(sequences, dtype=torch.int32).repeat_interleave(new),
+            table,
+        )
+
+
+class Model:
+    """The forward pass of `model`, bare: enough to time what a step costs."""
+
+    def __init__(self, ops: Ops, page_count: int) -> None:
+        self.ops = ops
+        self.layers = [random_layer(ops, dense=i == 0) for i in range(LAYERS)]
+        self.head = ops.pack(random_weight(VOCAB, HIDDEN))
+        self.cos_sin = yarn_cos_sin(4096, ROPE, 1e4, 40, 4096)
+        self.pages = [torch.randn(page_count, PAGE, LATENT + ROPE) for _ in range(LAYERS)]
+
+    def attend(self, layer: Layer, pages: Tensor, x: Tensor, rows: Rows) -> Tensor:
+        ops, cos_sin, position = self.ops, self.cos_sin, rows.position
+        a = ops.linear(x, layer.qkv_a, layer.norm)
+        q = ops.linear(a[:, :Q_LORA], layer.q_b, layer.q_norm).view(-1, HEADS, NOPE + ROPE)
+        ops.store_latents(a[:, Q_LORA:], layer.kv_norm, cos_sin, position, rows.slot, pages)
+        absorbed = ops.absorb(q, layer.w_uk, cos_sin, position)
+        u = ops.mla_attention(absorbed, pages, rows.table, rows.sequence, position, SCALE, LATENT)
+        return ops.linear(ops.unabsorb(u, layer.w_uv), layer.o, None, x)
+
+    def forward(self, x: Tensor, rows: Rows, out: Tensor) -> Tensor:
+        ops = self.ops
+        for layer, pages in zip(self.layers, self.pages, strict=True):
+            x = self.attend(layer, pages, x, rows)
+            h = ops.rms_norm(x, layer.norm)
+            x = x + ops.mlp(h, layer.gate_up, layer.down)
+            if layer.bias is not None:
+                logits = ops.linear(h, layer.gate)
+                ids, weights = ops.route(logits, layer.bias, GROUPS, KEEP, TOP_K, True, 2.5)
+                ops.experts(h, ids, weights, layer.experts, x)
+        return ops.linear(x[out], self.head, self.layers[0].norm)
+
+
+def best(run: Callable[[], object], seconds: float = 0.4) -> float:
+    """The fastest of the runs that fit in the time, in seconds."""
+    run()
+    times: list[float] = []
+    stop = time.perf_counter() + seconds
+    while not times or time.perf_counter() < stop:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def time_operations(model: Model, sequences: int, new: int, context: int) -> dict[str, Any]:
+    """Each operation of a layer: (run, floating-point operations, bytes it must read)."""
+    ops, layer, pages, cos_sin = model.ops, model.layers[1], model.pages[1], model.cos_sin
+    rows = Rows.of(sequences, new, context)
+    t = sequences * new
+    x, h = torch.randn(t, HIDDEN), torch.randn(t, HIDDEN)
+    a = ops.linear(x, layer.qkv_a, layer.norm)
+    q = ops.linear(a[:, :Q_LORA], layer.q_b, layer.q_norm).view(-1, HEADS, NOPE + ROPE)
+    absorbed = ops.absorb(q, layer.w_uk, cos_sin, rows.position)
+    u = torch.randn(t, HEADS, LATENT)
+    v = torch.randn(t, HEADS * VALUE)
+    logits = torch.randn(t, EXPERTS)
+    bias = torch.zeros(EXPERTS)
+    ids, weights = ops.route(logits, bias, GROUPS, KEEP, TOP_K, True, 2.5)
+    keys = sum(context + i + 1 for i in range(new)) * sequences
+    used = len(ids.unique())
+    expert = 3 * HIDDEN * EXPERT
+
+    def of(n: int, k: int, count: int = 1) -> tuple[int, int]:
+        return 2 * t * n * k * count, 2 * n * k * count
+
+    return {
+        "linear qkv_a": (lambda: ops.linear(x, layer.qkv_a, layer.norm), *of(704, 256)),
+        "linear q_b": (lambda: ops.linear(a[:, :Q_LORA], layer.q_b, layer.q_norm), *of(1536, 128)),
+        "linear o": (lambda: ops.linear(v, layer.o, None, x), *of(256, 1024)),
+        "linear gate": (lambda: ops.linear(h, layer.gate), *of(32, 256)),
+        "linear head": (lambda: ops.linear(x, model.head, layer.norm), *of(4096, 256)),
+        "rms_norm": (lambda: ops.rms_norm(x, layer.norm), 4 * t * HIDDEN, 4 * t * HIDDEN),
+        "store_latents": (
+            lambda: ops.store_latents(
+                a[:, Q_LORA:], layer.kv_norm, cos_sin, rows.position, rows.slot, pages
+            ),
+            6 * t * 576,
+            8 * t * 576,
+        ),
+        "absorb": (lambda: ops.absorb(q, layer.w_uk, cos_sin, rows.position), *of(512, 128, 8)),
+        "mla_attention": (
+            lambda: ops.mla_attention(
+                absorbed, pages, rows.table, rows.sequence, rows.position, SCALE, LATENT
+            ),
+            2 * keys * HEADS * (576 + 512),
+            4 * 576 * sequences * (context + new),
+        ),
+        "unabsorb": (lambda: ops.unabsorb(u, layer.w_uv), *of(128, 512, 8)),
+        "route": (lambda: ops.route(logits, bias, GROUPS, KEEP, TOP_K, True, 2.5), 0, 0),
+        "mlp (shared)": (lambda: ops.mlp(h, layer.gate_up, layer.down), *of(expert, 1)),
+        "experts": (
+            lambda: ops.experts(h, ids, weights, layer.experts, x),
+            2 * t * TOP_K * expert,
+            2 * used * expert,
+        ),
+    }
+
+
+def report(ours: Model, plain: Model, sequences: int, new: int, context: int) -> None:
+    print(f"\n{sequences} sequences, {new} new rows each after {context}")
+    print(f"{'operation':16}{'us':>10}{'GFLOP/s':>10}{'GB/s':>8}{'x torch':>9}")
+    reference = time_operations(plain, sequences, new, context)
+    for name, (run, flops, size) in time_operations(ours, sequences, new, context).items():
+        took, other = best(run, 0.1), best(reference[name][0], 0.1)
+        rate, bandwidth = flops / took / 1e9, size / took / 1e9
+        print(f"{name:16}{took * 1e6:10.1f}{rate:10.1f}{bandwidth:8.1f}{other / took:9.1f}")
+    rows, x = Rows.of(sequences, new, context), torch.randn(sequences * new, HIDDEN)
+    out = torch.arange(new - 1, sequences * new, new)
+    took = best(lambda: ours.forward(x, rows, out), 1.0)
+    other = best(lambda: plain.forward(x, rows, out), 1.0)
+    rate = len(x) / took
+    print(f"whole step: {took * 1e3:.2f} ms, {rate:.0f} tokens/s; torch {other * 1e3:.2f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("which", nargs="?", default="auto", choices=["auto", "native", "reference"])
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    choice = choose_ops("cpu", arguments.which, arguments.threads)
+    print(choice.reason)
+    ours, plain = Model(choice.ops, 128), Model(ReferenceOps(), 128)
+    for shape in [(1, 1, 96), (8, 1, 96), (32, 1, 96), (1, 512, 0)]:
+        report(ours, plain, *shape)
+
+
+if __name__ == "__main__":
+    main()

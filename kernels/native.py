@@ -1,0 +1,188 @@
+"""`NativeOps`: every operation in C++ on one CPU, batch invariant, float32 throughout.
+
+Each method checks and converts as little as it can: at batch 1 a call is a few microseconds, and
+a step makes about a hundred. Inputs that are not float32 with contiguous rows are copied; index
+values are trusted to be in range, as the model that makes them guarantees.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rayseek.kernels.native_build import load_native
+from rayseek.kernels.native_weights import (
+    NativeExperts,
+    NativeWeight,
+    pack_latent_heads,
+    pack_matrix,
+)
+from rayseek.kernels.ops import Norm, Weight
+
+
+class NativeOps:
+    """`Ops` in C++ (`native.cpp`).
+
+    threads: how many may share a call with much work, such as a long prompt. Results never
+    depend on it. Raises NativeUnavailableError where the library cannot be had.
+    """
+
+    name = "native"
+
+    def __init__(self, threads: int = 1, target: str = "native") -> None:
+        self.library, self.amx = load_native(target)
+        self.library.rs_set_threads(threads)
+
+    def pack(self, weight: Weight) -> NativeWeight:
+        return pack_matrix([weight])
+
+    def pack_stack(self, weights: list[Weight]) -> NativeWeight:
+        return pack_matrix(weights)
+
+    def pack_heads(
+        self, kv_b: Weight, heads: int, nope: int, value: int
+    ) -> tuple[NativeWeight, NativeWeight]:
+        return pack_latent_heads(kv_b, heads, nope, value)
+
+    def pack_experts(self, gate_up: list[list[Weight]], down: list[Weight]) -> NativeExperts:
+        return NativeExperts([pack_matrix(x) for x in gate_up], [pack_matrix([x]) for x in down])
+
+    def linear(
+        self,
+        x_TK: Tensor,
+        w: NativeWeight,
+        norm: Norm | None = None,
+        residual_TN: Tensor | None = None,
+    ) -> Tensor:
+        x = _rows(x_TK, w.k)
+        rows = x.shape[0]
+        out = torch.empty(rows, w.n)
+        weight, eps = (None, 0.0) if norm is None else (norm.weight_K.data_ptr(), norm.eps)
+        residual, stride = None, 0
+        if residual_TN is not None:
+            residual_TN = _rows(residual_TN, w.n)
+            residual, stride = residual_TN.data_ptr(), residual_TN.stride(0)
+        self.library.rs_linear(
+            x.data_ptr(), x.stride(0), rows, w.address, weight, eps, residual, stride,
+            out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def rms_norm(self, x_TD: Tensor, norm: Norm) -> Tensor:
+        x = _rows(x_TD, norm.weight_K.shape[0])
+        out = torch.empty(x.shape)
+        self.library.rs_rms_norm(
+            x.data_ptr(), x.stride(0), x.shape[0], x.shape[1], norm.weight_K.data_ptr(), norm.eps,
+            out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def store_latents(
+        self, ckr_TX: Tensor, norm: Norm, cos_sin_PR: Tensor, positions_T: Tensor,
+        slots_T: Tensor, pages: Tensor,
+    ) -> None:  # fmt: skip
+        latent, rope = norm.weight_K.shape[0], cos_sin_PR.shape[1]
+        x = _rows(ckr_TX, latent + rope)
+        _check_writable(pages, "pages", latent + rope)
+        self.library.rs_store_latents(
+            x.data_ptr(), x.stride(0), x.shape[0], latent, rope, norm.weight_K.data_ptr(),
+            norm.eps, cos_sin_PR.data_ptr(), positions_T.data_ptr(), slots_T.data_ptr(),
+            pages.data_ptr(),
+        )  # fmt: skip
+
+    def absorb(
+        self, q_THW: Tensor, w_uk: NativeWeight, cos_sin_PR: Tensor, positions_T: Tensor
+    ) -> Tensor:
+        rows, heads, _ = q_THW.shape
+        rope = cos_sin_PR.shape[1]
+        q = _rows(q_THW, w_uk.k + rope).contiguous()
+        out = torch.empty(rows, heads, w_uk.n + rope)
+        self.library.rs_absorb(
+            q.data_ptr(), rows, rope, w_uk.address, cos_sin_PR.data_ptr(),
+            positions_T.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def mla_attention(
+        self, q_THX: Tensor, pages: Tensor, page_table_BP: Tensor, sequence_T: Tensor,
+        positions_T: Tensor, scale: float, latent: int,
+    ) -> Tensor:  # fmt: skip
+        rows, heads, width = q_THX.shape
+        q = _rows(q_THX, width).contiguous()
+        _check_writable(pages, "pages", width)
+        out = torch.empty(rows, heads, latent)
+        self.library.rs_attention(
+            q.data_ptr(), rows, heads, width, latent, pages.data_ptr(), page_table_BP.data_ptr(),
+            page_table_BP.shape[1], sequence_T.data_ptr(), positions_T.data_ptr(), scale,
+            out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def unabsorb(self, u_THC: Tensor, w_uv: NativeWeight) -> Tensor:
+        rows, heads, latent = u_THC.shape
+        u = _rows(u_THC, latent).contiguous()
+        out = torch.empty(rows, heads * w_uv.n)
+        self.library.rs_unabsorb(u.data_ptr(), rows, w_uv.address, out.data_ptr())
+        return out
+
+    def route(
+        self, logits_TE: Tensor, bias_E: Tensor, groups: int, keep_groups: int, top_k: int,
+        normalise: bool, factor: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        experts = bias_E.shape[0]
+        x = _rows(logits_TE, experts)
+        if experts % groups or keep_groups > groups or top_k > keep_groups * experts // groups:
+            raise ValueError(
+                f"cannot choose {top_k} of {experts} experts in {keep_groups} of {groups} groups"
+            )
+        ids = torch.empty(x.shape[0], top_k, dtype=torch.int32)
+        weights = torch.empty(x.shape[0], top_k)
+        self.library.rs_route(
+            x.data_ptr(), x.stride(0), x.shape[0], experts, bias_E.data_ptr(), groups,
+            keep_groups, top_k, normalise, factor, ids.data_ptr(), weights.data_ptr(),
+        )  # fmt: skip
+        return ids, weights
+
+    def mlp(self, x_TD: Tensor, gate_up: NativeWeight, down: NativeWeight) -> Tensor:
+        x = _rows(x_TD, gate_up.k)
+        out = torch.empty(x.shape[0], down.n)
+        self.library.rs_mlp(
+            x.data_ptr(), x.stride(0), x.shape[0], gate_up.address, down.address, out.data_ptr()
+        )
+        return out
+
+    def experts(
+        self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, packed: NativeExperts,
+        into_TD: Tensor,
+    ) -> None:  # fmt: skip
+        if not packed.count:
+            return
+        x = _rows(x_TD, packed.gate_up[0].k)
+        _check_writable(into_TD, "into", packed.down[0].n)
+        if expert_TK.dtype is not torch.int32 or not expert_TK.is_contiguous():
+            expert_TK = expert_TK.int().contiguous()
+        weight = _rows(weight_TK, expert_TK.shape[1]).contiguous()
+        if self.library.rs_experts(
+            x.data_ptr(), x.stride(0), x.shape[0], expert_TK.shape[1], expert_TK.data_ptr(),
+            weight.data_ptr(), packed.count, packed.gate_up_array, packed.down_array,
+            into_TD.data_ptr(), into_TD.stride(0),
+        ):  # fmt: skip
+            raise ValueError(f"expert ids must be 0..{packed.count - 1}, the experts packed")
+
+
+def _rows(x: Tensor, width: int) -> Tensor:
+    """x as float32 with its last dimension contiguous; ValueError for another width."""
+    if x.shape[-1] != width:
+        raise ValueError(f"rows have {x.shape[-1]} values, the weight takes {width}")
+    if x.dtype is not torch.float32 or x.stride(-1) != 1:
+        x = x.float().contiguous()
+    return x
+
+
+def _check_writable(x: Tensor, name: str, width: int) -> None:
+    """Written or read in place, so it cannot be copied: it must be right."""
+    if x.dtype is not torch.float32 or x.stride(-1) != 1 or x.shape[-1] != width:
+        raise ValueError(
+            f"{name} must be float32 rows of {width} contiguous values, not {x.dtype} "
+            f"{tuple(x.shape)}"
+        )

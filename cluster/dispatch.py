@@ -247,11 +247,15 @@ class Dispatcher:
 
     async def _keep_fresh(self) -> None:
         """Connect to ranks that appear, drop those that are gone; hurry while one is wanted."""
+        problem = ""
         while True:
             try:
                 await self._refresh()
-            except Exception:  # discovery goes through the cluster, which may be recovering
-                log.exception("could not look for ranks; trying again")
+                problem = ""
+            except Exception as error:  # discovery goes through the cluster; it may be recovering
+                if repr(error) != problem:
+                    problem = repr(error)
+                    log.warning("cannot look for ranks, trying again: %s", problem)
             pause = self._refresh_s
             if not self._alive():
                 pause = min(0.1, pause)

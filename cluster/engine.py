@@ -124,6 +124,7 @@ class Engine:
 
     # ---- one step ----
 
+    @torch.inference_mode()
     def step(self) -> list[Delta]:
         """Run one step for whoever can run; returns what it brought each request."""
         plan = self._plan()

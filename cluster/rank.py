@@ -41,7 +41,7 @@ def context_limit(config: ModelConfig, settings: EngineSettings) -> int:
 def build_engine(path: Path, settings: EngineSettings) -> Engine:
     """Load a checkpoint and put an engine around it, in this process."""
     config = ModelConfig.from_pretrained(path)
-    ops, reason = choose_ops("cpu", settings.kernels, settings.threads)
+    ops, reason = choose_ops("cpu", settings.kernels)
     log.info("kernels: %s (%s)", ops.name, reason)
     context = context_limit(config, settings)
     weights = Checkpoint.open(path).load(owned_names(config))

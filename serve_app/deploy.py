@@ -9,7 +9,7 @@ from ray.serve import Application
 
 from rayseek.cluster.config import Config
 from rayseek.cluster.unit import Unit
-from rayseek.serve_app.app import ApiSettings
+from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.ingress import Ingress
 
 APP_NAME = "rayseek"

@@ -11,9 +11,12 @@ from typing import Any
 
 from rayseek.cluster.config import Config
 from rayseek.cluster.dispatch import Dispatcher, RankAddress
-from rayseek.serve_app.app import ApiSettings, build_app
+from rayseek.serve_app.app import build_app
 from rayseek.serve_app.http_methods import accept_methods_in_any_case
+from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Tokenizer
+
+DISCOVERY_TIMEOUT_S = 5.0
 
 
 class Ingress:
@@ -28,7 +31,10 @@ class Ingress:
 
     async def _discover(self) -> list[RankAddress]:
         """Every rank of every unit that serves now."""
-        units: list[list[RankAddress]] = await self._decode.broadcast("ranks")
+        answers = await self._decode.broadcast("ranks").results_async(
+            timeout_s=DISCOVERY_TIMEOUT_S, return_exceptions=True
+        )
+        units: list[list[RankAddress]] = [a for a in answers if not isinstance(a, BaseException)]
         return [rank for ranks in units for rank in ranks]
 
     async def __serve_build_asgi_app__(self) -> Any:
@@ -41,8 +47,8 @@ def api_settings(config: Config, context: int, keys: tuple[str, ...]) -> ApiSett
     return ApiSettings(
         model=config.model.name,
         aliases=config.model.aliases,
-        context=context,
-        keys=keys,
+        context_length=context,
+        api_keys=keys,
         temperature_mapping=api.temperature_mapping,
         max_output_tokens=api.max_output_tokens,
         default_output_tokens=api.default_output_tokens,

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rayseek.cluster.config import Config
-from rayseek.serve_app.app import ApiSettings
+from rayseek.serve_app.settings import ApiSettings
 
 log = logging.getLogger("rayseek.local")
 

@@ -1,0 +1,200 @@
+"""The `rayseek` command: serve, inspect, make-model, bench.
+
+Only argument parsing and messages; every command's work is elsewhere and imported when needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from rayseek.cluster.config import Config, ConfigFileError, load_config
+
+
+def cache_folder() -> Path:
+    """Where models made on first start are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rayseek"
+
+
+def config_folder() -> Path:
+    """Where the generated API key is kept."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "rayseek"
+
+
+def fail(message: object) -> NoReturn:
+    print(f"rayseek: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="rayseek", description="Serve DeepSeek-V3 from a Ray cluster."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="start Ray, the engine and the API on this machine")
+    serve.add_argument("config", nargs="?", type=Path, help="YAML config; default: all defaults")
+    serve.add_argument("--model", type=Path, help="checkpoint folder in the official layout")
+    serve.add_argument("--port", type=int, help="port of the API (default 8000)")
+    serve.add_argument("--host", help="address to listen on (default 0.0.0.0: every interface)")
+
+    inspect = commands.add_parser("inspect", help="where a checkpoint's bytes go, on N ranks")
+    inspect.add_argument("path", type=Path, help="checkpoint folder, or a config.json alone")
+    inspect.add_argument("--ranks", type=int, default=1, help="expert-parallel ranks (default 1)")
+    inspect.add_argument("--redundant", type=int, default=0, help="redundant experts a layer")
+    inspect.add_argument("--device-gib", type=float, help="memory of one device, in GiB")
+
+    make = commands.add_parser("make-model", help="write a random checkpoint, official layout")
+    make.add_argument("path", type=Path)
+    make.add_argument("--config", default="small", help="small, bench, or a config.json")
+    make.add_argument("--seed", type=int, default=0)
+    make.add_argument("--shards", type=int, default=4)
+    dtype = make.add_mutually_exclusive_group()
+    dtype.add_argument("--fp8", action="store_true", help="block-FP8 weights")
+    dtype.add_argument("--bf16", action="store_true", help="bfloat16 weights")
+
+    bench = commands.add_parser("bench", help="throughput and latency, in-process and over HTTP")
+    bench.add_argument("--model", type=Path, help="checkpoint folder; default: the bench model")
+    bench.add_argument("--url", help="measure this running server only, as http://host:port")
+    bench.add_argument("--key", default=os.environ.get("OPENAI_API_KEY", ""), help="its API key")
+    bench.add_argument("--name", help="model name to ask for; default: the server's first")
+    bench.add_argument("--streams", default="1,8,32", help="numbers of concurrent streams")
+    bench.add_argument("--prompt", default="32", help="prompt lengths in tokens")
+    bench.add_argument("--output", type=int, default=128, help="tokens of each answer")
+    bench.add_argument("--no-http", action="store_true", help="in-process only")
+    bench.add_argument("--transformers", action="store_true", help="also time transformers")
+    bench.add_argument("--json", type=Path, help="write the figures there")
+    return top
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        {"serve": serve, "inspect": inspect, "make-model": make_model, "bench": bench}[
+            arguments.command
+        ](arguments)
+    except (ConfigFileError, ValueError, FileExistsError, FileNotFoundError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Start, print where everything is, wait for Ctrl-C or SIGTERM, stop."""
+    from rayseek.serve_app.ingress import api_settings
+    from rayseek.serve_app.keys import load_keys
+    from rayseek.serve_app.local import StartError, check_port, running
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell set SIGINT to be ignored
+        signal.signal(number, interrupt)
+    config = with_overrides(
+        load_config(arguments.config) if arguments.config else Config(), arguments
+    )
+    try:
+        check_port(config.ingress.host, config.ingress.port)
+        model = served_model(config)
+        from rayseek.cluster.rank import context_limit
+        from rayseek.model.checkpoint import Checkpoint
+
+        checkpoint = Checkpoint.open(model)  # every problem is told now, not by a dying rank
+        context = context_limit(checkpoint.config, config.engine)
+        keys = load_keys(
+            config.api.keys, config.api.key_file, generated=config_folder() / "api_key"
+        )
+        settings = api_settings(config, context, keys)
+        print(f"Starting Ray and the engine for {model} ...", flush=True)
+        with running(config, model, settings) as service:
+            print(
+                f"\n  Rayseek serves {config.model.name}\n"
+                f"  API        {service.address}/v1\n"
+                f"  API key    {keys[0]}\n"
+                f"  Dashboard  {service.dashboard}\n"
+                f"  Logs       {service.logs}\n"
+                "  Stop with Ctrl-C.\n",
+                flush=True,
+            )
+            signal.pause()
+    except StartError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        print("\nStopped.", flush=True)
+
+
+def interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def with_overrides(config: Config, arguments: argparse.Namespace) -> Config:
+    """The command line's words on top of the file's, checked like the file's."""
+    data = config.model_dump()
+    if arguments.model is not None:
+        data["model"]["path"] = arguments.model
+    if arguments.port is not None:
+        data["ingress"]["port"] = arguments.port
+    if arguments.host is not None:
+        data["ingress"]["host"] = arguments.host
+    return Config.model_validate(data)
+
+
+def served_model(config: Config) -> Path:
+    """The configured checkpoint, or the small random one, made now if it is not there yet."""
+    if config.model.path is not None:
+        return config.model.path.absolute()
+    from rayseek.model.maker import SMALL
+
+    return made_model(cache_folder() / "models" / "small-random-v1", SMALL)
+
+
+def made_model(path: Path, config: object) -> Path:
+    """A random checkpoint of this config at `path`; several processes may ask for it at once."""
+    from rayseek.model.config import ModelConfig
+    from rayseek.model.maker import make_checkpoint
+
+    assert isinstance(config, ModelConfig)
+    if not path.exists():
+        print(f"Making a random-weight model in {path} (once) ...", flush=True)
+        try:
+            make_checkpoint(path, config)
+        except (FileExistsError, OSError):
+            if not path.exists():
+                raise
+    return path
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    from rayseek.kernels.select import choose_ops
+    from rayseek.model.checkpoint import Checkpoint
+    from rayseek.model.config import ModelConfig
+    from rayseek.model.ledger import make_ledger, render
+
+    path: Path = arguments.path
+    if path.is_file():
+        config = ModelConfig.from_pretrained(path.parent)
+    else:
+        config = Checkpoint.open(path).config
+    print(render(make_ledger(config, arguments.ranks, arguments.redundant, arguments.device_gib)))
+    choice = choose_ops()
+    print(f"Kernels on this machine: {choice.ops.name} ({choice.reason})")
+
+
+def make_model(arguments: argparse.Namespace) -> None:
+    from rayseek.model.config import ModelConfig
+    from rayseek.model.maker import BENCH, SMALL, make_checkpoint
+
+    named = {"small": SMALL, "bench": BENCH}
+    config = named.get(arguments.config) or ModelConfig.from_pretrained(arguments.config)
+    fp8 = True if arguments.fp8 else False if arguments.bf16 else None
+    make_checkpoint(arguments.path, config, arguments.seed, fp8, arguments.shards)
+    print(f"wrote {arguments.path}")
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    from rayseek.serve_app.bench import run
+
+    run(arguments)

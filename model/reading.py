@@ -40,8 +40,8 @@ def read_spans(spans: Iterable[Span], what: str, progress: bool | None, threads:
 
     progress: a bar on stderr, or log lines; None: a bar if stderr is a terminal.
     """
-    pieces = _pieces(spans)
-    total = sum(piece.end - piece.begin for piece in pieces)
+    units = pieces(spans)
+    total = sum(piece.end - piece.begin for piece in units)
     if sys.stderr.isatty() if progress is None else progress:
         columns = (
             TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
@@ -49,16 +49,16 @@ def read_spans(spans: Iterable[Span], what: str, progress: bool | None, threads:
         )  # fmt: skip
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(what, total=total)
-            _read_all(pieces, threads, lambda count: bar.advance(task, count))
+            _read_all(units, threads, lambda count: bar.advance(task, count))
         return
     log.info("reading %s of %s", decimal(total), what)
     start = time.monotonic()
-    _read_all(pieces, threads, lambda count: None)
+    _read_all(units, threads, lambda count: None)
     seconds = max(time.monotonic() - start, 1e-6)
     log.info("read %s in %.1f s, %s/s", decimal(total), seconds, decimal(int(total / seconds)))
 
 
-def _pieces(spans: Iterable[Span]) -> list[Span]:
+def pieces(spans: Iterable[Span]) -> list[Span]:
     """Neighbouring spans joined, then cut into units of work."""
     joined: list[Span] = []
     for span in sorted(spans):
@@ -73,10 +73,10 @@ def _pieces(spans: Iterable[Span]) -> list[Span]:
     ]
 
 
-def _read_all(pieces: list[Span], threads: int, done: Callable[[int], object]) -> None:
+def _read_all(units: list[Span], threads: int, done: Callable[[int], object]) -> None:
     with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
         try:
-            for future in as_completed([pool.submit(_read, piece) for piece in pieces]):
+            for future in as_completed([pool.submit(_read, unit) for unit in units]):
                 done(future.result())
         except BaseException:
             pool.shutdown(cancel_futures=True)

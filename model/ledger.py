@@ -1,0 +1,167 @@
+"""Where a checkpoint's bytes go, rank by rank, and how many tokens of KV fit beside them.
+
+Attention, dense and shared weights are on every rank (data-parallel attention); routed experts
+are spread over the ranks' slots (spec sections 1.7 and 1.8). Pure arithmetic: opens no file, needs
+no torch.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from rayseek.model.config import ModelConfig
+from rayseek.model.inventory import Kind, inventory
+
+PAGE_TOKENS = 64  # as in batch.py, which needs torch
+KV_ITEM_BYTES = 2  # the cache is BF16
+MTP_KIND = "MTP module"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One kind of weight. `rank_bytes`: what each rank holds of it."""
+
+    kind: str
+    tensors: int
+    parameters: int  # without scales
+    file_bytes: int
+    rank_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """`rows` are the main model's kinds, then the MTP module and its copies, if there is one."""
+
+    rows: tuple[Row, ...]
+    ranks: int
+    slots: int  # expert slots of a rank in each MoE layer
+    kv_bytes_per_token: int  # one latent in each layer of the main model
+    mtp_kv_bytes_per_token: int  # and in the MTP module, when it drafts
+    device_bytes: int | None
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(row.file_bytes for row in self.rows)
+
+    @property
+    def rank_bytes(self) -> int:
+        """Weights of the main model on one rank."""
+        return sum(row.rank_bytes for row in self.rows if row.kind != MTP_KIND)
+
+    @property
+    def mtp_rank_bytes(self) -> int:
+        return sum(row.rank_bytes for row in self.rows if row.kind == MTP_KIND)
+
+    @property
+    def page_bytes(self) -> int:
+        return self.kv_bytes_per_token * PAGE_TOKENS
+
+    @property
+    def room_bytes(self) -> int | None:
+        """What the weights leave of a device, before activations; negative if they do not fit."""
+        if self.device_bytes is None:
+            return None
+        return self.device_bytes - self.rank_bytes - self.mtp_rank_bytes
+
+    @property
+    def room_tokens(self) -> int | None:
+        """Tokens of KV in that room, in whole pages."""
+        if self.room_bytes is None:
+            return None
+        return max(0, self.room_bytes // self.page_bytes) * PAGE_TOKENS
+
+
+def make_ledger(
+    config: ModelConfig, ranks: int = 1, redundant: int = 0, device_gib: float | None = None
+) -> Ledger:
+    """The ledger of `ranks` ranks; `redundant` expert copies a layer, device size in GiB.
+
+    Raises ValueError if the experts and copies do not fill the ranks evenly.
+    """
+    copies = config.n_routed_experts + redundant
+    if ranks < 1 or redundant < 0:
+        raise ValueError(f"expected 1 rank or more, 0 redundant or more: {ranks}, {redundant}")
+    if copies % ranks:
+        raise ValueError(
+            f"{config.n_routed_experts} experts + {redundant} redundant do not split evenly over "
+            f"{ranks} ranks; {-copies % ranks} more redundant would"
+        )
+    slots = copies // ranks
+    sums: dict[str, list[int]] = {}
+    for name, spec in inventory(config).items():
+        mtp = spec.layer is not None and spec.layer >= config.num_hidden_layers
+        kind = MTP_KIND if mtp and spec.kind != Kind.MTP_COPY else str(spec.kind)
+        row = sums.setdefault(kind, [0, 0, 0, 0])
+        row[0] += 1
+        row[1] += spec.elements if not name.endswith("_scale_inv") else 0
+        row[2] += spec.bytes
+        if spec.kind != Kind.MTP_COPY and not spec.expert:
+            # Experts of a layer are all of one size: the first stands for every slot's.
+            row[3] += spec.bytes * (1 if spec.expert is None else slots)
+    latent = config.latent_width * KV_ITEM_BYTES
+    order = [str(kind) for kind in Kind if kind != Kind.MTP_COPY] + [MTP_KIND, str(Kind.MTP_COPY)]
+    return Ledger(
+        rows=tuple(Row(kind, *sums[kind]) for kind in order if kind in sums),
+        ranks=ranks,
+        slots=slots,
+        kv_bytes_per_token=latent * config.num_hidden_layers,
+        mtp_kv_bytes_per_token=latent * config.num_nextn_predict_layers,
+        device_bytes=None if device_gib is None else int(device_gib * 2**30),
+    )
+
+
+def render(ledger: Ledger) -> str:
+    """The ledger as text with decimal units, 100 columns wide."""
+    table = Table(title=f"Weights on each of {ledger.ranks} rank(s)", title_justify="left")
+    table.add_column("kind")
+    for column in ("tensors", "parameters", "bytes in files", "bytes per rank", "per rank"):
+        table.add_column(column, justify="right")
+    for row in ledger.rows:
+        table.add_row(
+            row.kind, f"{row.tensors:,}", f"{row.parameters:,}", f"{row.file_bytes:,}",
+            f"{row.rank_bytes:,}", _size(row.rank_bytes),
+        )  # fmt: skip
+    table.add_section()
+    rank_bytes = ledger.rank_bytes + ledger.mtp_rank_bytes
+    table.add_row(
+        "all", f"{sum(r.tensors for r in ledger.rows):,}",
+        f"{sum(r.parameters for r in ledger.rows):,}", f"{ledger.file_bytes:,}",
+        f"{rank_bytes:,}", _size(rank_bytes),
+    )  # fmt: skip
+    text = io.StringIO()
+    console = Console(file=text, width=100, highlight=False)
+    console.print(table)
+    for line in _notes(ledger):
+        console.print(line)
+    return text.getvalue()
+
+
+def _notes(ledger: Ledger) -> list[str]:
+    with_mtp = ""
+    if ledger.mtp_rank_bytes:
+        with_mtp = f", with the MTP module {_size(ledger.rank_bytes + ledger.mtp_rank_bytes)}"
+    lines = [
+        f"Per rank: main model {_size(ledger.rank_bytes)}{with_mtp}; "
+        f"{ledger.slots} expert slots a layer.",
+        f"KV cache: {ledger.kv_bytes_per_token:,} bytes a token, {ledger.page_bytes:,} a page of "
+        f"{PAGE_TOKENS}; drafting with MTP adds {ledger.mtp_kv_bytes_per_token:,} a token.",
+    ]
+    if ledger.device_bytes is not None and ledger.room_bytes is not None:
+        device = f"{ledger.device_bytes / 2**30:g} GiB"
+        if ledger.room_bytes < 0:
+            lines.append(f"A device of {device} is {_size(-ledger.room_bytes)} too small.")
+        else:
+            lines.append(
+                f"A device of {device} has {_size(ledger.room_bytes)} left: "
+                f"{ledger.room_tokens:,} tokens of KV, less what activations need."
+            )
+    return lines
+
+
+def _size(count: int) -> str:
+    return decimal(count, precision=2)

@@ -134,9 +134,7 @@ def running(config: Config, model_path: Path, settings: ApiSettings) -> Iterator
         yield Running(address, f"http://{context.dashboard_url}", logs)
     finally:
         with _uninterrupted():
-            with contextlib.suppress(Exception):
-                serve.shutdown()
-            ray.shutdown()
+            ray.shutdown()  # ends every process; serve.shutdown would drain for half a minute
             shutil.rmtree(folder, ignore_errors=True)
 
 

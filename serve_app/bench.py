@@ -1,0 +1,296 @@
+"""`rayseek bench`: what a user gets, in-process and over HTTP, side by side in one run.
+
+A point is (streams, prompt tokens). Every stream sends one request after another; prompts are
+random token ids, so no prefix is shared. Nothing here is asserted: it measures and prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from rich.console import Console
+from rich.table import Table
+
+from rayseek.cluster.config import Config, EngineSettings, IngressSettings, ModelSettings
+
+FIRST_ORDINARY_ID = 3  # below: begin, end, pad
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One load: `streams` clients, each sending `rounds` requests one after another."""
+
+    streams: int
+    prompt: int
+    output: int
+
+    @property
+    def rounds(self) -> int:
+        return max(2, 8 // self.streams)
+
+
+@dataclass(slots=True)
+class Clock:
+    """Arrival times of one request's tokens: (seconds, tokens so far)."""
+
+    sent: float
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+
+    def arrived(self, tokens: int) -> None:
+        so_far = self.arrivals[-1][1] if self.arrivals else 0
+        self.arrivals.append((time.perf_counter(), so_far + tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Figures of one point. Rates over the whole run, latencies as medians over requests."""
+
+    system: str
+    streams: int
+    prompt: int
+    output_tokens: int
+    tokens_per_s: float
+    ttft_ms: float
+    itl_ms: float
+
+
+def summarise(system: str, point: Point, clocks: list[Clock], seconds: float) -> Result:
+    """itl: time between first and last token over the tokens in between."""
+    tokens = sum(c.arrivals[-1][1] for c in clocks)
+    spans = [
+        (c.arrivals[-1][0] - c.arrivals[0][0]) / (c.arrivals[-1][1] - c.arrivals[0][1])
+        for c in clocks
+        if c.arrivals[-1][1] > c.arrivals[0][1]
+    ]
+    return Result(
+        system,
+        point.streams,
+        point.prompt,
+        tokens,
+        tokens / seconds,
+        1e3 * statistics.median(c.arrivals[0][0] - c.sent for c in clocks),
+        1e3 * statistics.median(spans) if spans else 0.0,
+    )
+
+
+def random_prompt(rng: random.Random, length: int, vocab: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(FIRST_ORDINARY_ID, vocab) for _ in range(length))
+
+
+# ---- in-process ----
+
+
+def engine_results(model: Path, settings: EngineSettings, points: list[Point]) -> list[Result]:
+    """The engine alone, stepped in this process."""
+    import torch
+
+    from rayseek.cluster.rank import build_engine
+    from rayseek.cluster.request import Request, SamplingParams
+
+    torch.set_num_threads(1)
+    engine = build_engine(model, settings)
+    vocab = ordinary_ids(model)
+    rng = random.Random(0)
+    results = []
+    for point in [Point(2, 32, 8), *points]:  # the first warms up
+        clocks: dict[str, Clock] = {}
+        left = {stream: point.rounds for stream in range(point.streams)}
+
+        def submit(stream: int, point: Point = point, left: dict[int, int] = left,
+                   clocks: dict[str, Clock] = clocks) -> None:  # fmt: skip
+            left[stream] -= 1
+            name = f"{stream}:{left[stream]}"
+            sampling = SamplingParams(point.output, temperature=0.3, seed=stream)
+            clocks[name] = Clock(time.perf_counter())
+            engine.submit(Request(name, random_prompt(rng, point.prompt, vocab), sampling))
+
+        began = time.perf_counter()
+        for stream in left:
+            submit(stream)
+        while engine.busy:
+            for delta in engine.step():
+                clocks[delta.request_id].arrived(len(delta.tokens))
+                stream = int(delta.request_id.split(":")[0])
+                if delta.finish and left[stream]:
+                    submit(stream)
+        seconds = time.perf_counter() - began
+        results.append(summarise("engine in-process", point, list(clocks.values()), seconds))
+    return results[1:]
+
+
+def transformers_results(model: Path, points: list[Point]) -> list[Result]:
+    """`generate` of transformers on the same weights, float32, one thread."""
+    import torch
+    from transformers import DeepseekV3ForCausalLM
+
+    torch.set_num_threads(1)
+    hf = DeepseekV3ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    vocab = ordinary_ids(model)
+    rng = random.Random(0)
+    results = []
+    for point in points:
+        prompts = [random_prompt(rng, point.prompt, vocab) for _ in range(point.streams)]
+        ids = torch.tensor(prompts)
+        clock = Clock(time.perf_counter())
+        with torch.inference_mode():
+            hf.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=1,
+                        min_new_tokens=point.output, max_new_tokens=point.output)  # fmt: skip
+        clock.arrived(point.streams * point.output)
+        seconds = clock.arrivals[0][0] - clock.sent
+        rate = point.streams * point.output / seconds
+        results.append(
+            Result("transformers.generate", point.streams, point.prompt,
+                   point.streams * point.output, rate, 0.0, 1e3 * point.streams / rate)
+        )  # fmt: skip
+    return results
+
+
+def ordinary_ids(model: Path) -> int:
+    """Ids below this are ordinary tokens: the base vocabulary."""
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    return len(tokenizer["model"]["vocab"])
+
+
+def in_own_process(work: Callable[..., list[Result]], *arguments: object) -> list[Result]:
+    """Run `work` in a fresh process, so that measurements do not inherit each other's state."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, arguments)
+
+
+# ---- over HTTP ----
+
+
+async def http_stream(url: str, key: str, body: dict[str, Any]) -> Clock:
+    """One streamed completion over a connection of its own; a client that costs little itself."""
+    parts = urlsplit(url)
+    payload = json.dumps(body).encode()
+    head = (
+        f"POST {parts.path.rstrip('/')}/v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\n"
+        f"Authorization: Bearer {key}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
+    )
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=2**20)
+    clock = Clock(time.perf_counter())
+    writer.write(head.encode() + payload)
+    status = await reader.readline()
+    if b" 200 " not in status:
+        raise RuntimeError(f"{url} answered {status!r}: {(await reader.read(2000)).decode()}")
+    pending, last = b"", b""
+    while data := await reader.read(2**16):
+        events = (pending + data).split(b"\n\n")
+        pending = events.pop()
+        tokens = [e for e in events if b'"text":' in e and b'"text":""' not in e]
+        if tokens:
+            clock.arrived(len(tokens))
+        last = next((e for e in reversed(events) if b'"usage":{' in e), last)
+    writer.close()
+    usage = last[last.index(b'"completion_tokens":') :].split(b":", 1)[1]
+    exact = int(usage[: min(i for i, c in enumerate(usage) if not chr(c).isdigit() and c != 32)])
+    if not clock.arrivals:
+        clock.arrived(exact)
+    at, _ = clock.arrivals[-1]  # texts may hold several tokens, or none; the usage counts them
+    first = clock.arrivals[0][0]
+    clock.arrivals = [(first, 1), (at, exact)] if exact > 1 else [(first, exact)]
+    return clock
+
+
+async def http_point(system: str, url: str, key: str, name: str, vocab: int, point: Point) -> Result:
+    rng = random.Random(point.streams)
+    clocks: list[Clock] = []
+
+    async def client() -> None:
+        for _ in range(point.rounds):
+            body = {
+                "model": name,
+                "prompt": list(random_prompt(rng, point.prompt, vocab)),
+                "max_tokens": point.output,
+                "temperature": 1.0,
+                "ignore_eos": True,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            }
+            clocks.append(await http_stream(url, key, body))
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(point.streams)))
+    return summarise(system, point, clocks, time.perf_counter() - began)
+
+
+def http_results(
+    system: str, url: str, key: str, name: str, vocab: int, points: list[Point]
+) -> list[Result]:
+    asyncio.run(http_point(system, url, key, name, vocab, Point(2, 32, 8)))
+    return [asyncio.run(http_point(system, url, key, name, vocab, p)) for p in points]
+
+
+def served_results(model: Path, settings: EngineSettings, points: list[Point]) -> list[Result]:
+    """The whole service on a free port, started and stopped here."""
+    from rayseek.model.config import ModelConfig
+    from rayseek.serve_app.ingress import api_settings
+    from rayseek.serve_app.local import free_port, running
+
+    config = Config(
+        model=ModelSettings(path=model),
+        engine=settings,
+        ingress=IngressSettings(host="127.0.0.1", port=free_port()),
+    )
+    key = "sk-bench"
+    context = ModelConfig.from_pretrained(model).max_position_embeddings
+    with running(config, model, api_settings(config, context, (key,))) as service:
+        return in_own_process(http_results, "Rayseek over HTTP", service.address, key,
+                              config.model.name, ordinary_ids(model), points)  # fmt: skip
+
+
+# ---- the command ----
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure what the arguments ask for, print a table, end with the figures as JSON."""
+    points = [
+        Point(int(streams), int(prompt), arguments.output)
+        for prompt in arguments.prompt.split(",")
+        for streams in arguments.streams.split(",")
+    ]
+    from rayseek.model.maker import BENCH
+    from rayseek.serve_app.cli import cache_folder, made_model
+
+    results: list[Result] = []
+    if arguments.url:
+        vocab = ordinary_ids(arguments.model) if arguments.model else 1000
+        name = arguments.name or "deepseek-v3"
+        results += http_results(arguments.url, arguments.url, arguments.key, name, vocab, points)
+    else:
+        model = arguments.model or made_model(cache_folder() / "models" / "bench-random-v1", BENCH)
+        settings = EngineSettings()
+        results += in_own_process(engine_results, model, settings, points)
+        if not arguments.no_http:
+            results += served_results(model.absolute(), settings, points)
+        if arguments.transformers:
+            results += in_own_process(transformers_results, model, points)
+    print_table(results)
+    document = json.dumps([asdict(r) for r in results])
+    if arguments.json:
+        arguments.json.write_text(document + "\n")
+    print(document)
+
+
+def print_table(results: list[Result]) -> None:
+    table = Table(title="Output tokens/s; medians of time to first token and between tokens")
+    for column in ("streams", "prompt", "system", "tokens/s", "TTFT ms", "ITL ms"):
+        table.add_column(column, justify="left" if column == "system" else "right")
+    for r in sorted(results, key=lambda r: (r.prompt, r.streams)):
+        ttft = f"{r.ttft_ms:.0f}" if r.ttft_ms else "-"
+        table.add_row(str(r.streams), str(r.prompt), r.system, f"{r.tokens_per_s:.0f}", ttft,
+                      f"{r.itl_ms:.2f}")  # fmt: skip
+    Console().print(table)

@@ -266,6 +266,23 @@ def test_a_tensor_in_two_files(folder: Path) -> None:
     assert any(p.startswith(f"{EXPERT}: stored") for p in problems_of(folder))
 
 
+def test_a_tensor_elsewhere_than_the_index_says(folder: Path) -> None:
+    files = weight_map(folder)
+    holder = files[EXPERT]
+    files[EXPERT] = next(file for file in files.values() if file != holder)
+    edit_json(folder / INDEX, weight_map=files)
+    assert problems_of(folder) == [
+        f"{EXPERT}: stored in {holder}, but {INDEX} places it in {files[EXPERT]}"
+    ]
+
+
+def test_a_tensor_that_the_index_does_not_list(folder: Path) -> None:
+    files = weight_map(folder)
+    holder = files.pop(EXPERT)
+    edit_json(folder / INDEX, weight_map=files)
+    assert problems_of(folder) == [f"{EXPERT}: stored in {holder}, but {INDEX} does not list it"]
+
+
 @pytest.mark.parametrize("made_as", ["fp8", "bf16"])
 def test_config_and_files_disagree_about_fp8(made_as: str, made: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(made / made_as, tmp_path / "copy"))

@@ -177,45 +177,22 @@ _IGNORED = {  # about training, or about how transformers runs it
     "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
     "seq_aux", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
-_MAY_BE_ZERO = {
-    "first_k_dense_replace",
-    "num_nextn_predict_layers",
-    "bos_token_id",
-    "eos_token_id",
-}
+_MAY_BE_ZERO = "first_k_dense_replace num_nextn_predict_layers bos_token_id eos_token_id"
 _RULES: list[tuple[str, Callable[..., bool], str]] = [
     # keys, what must hold of their values, what is expected of the first
-    (
-        "first_k_dense_replace num_hidden_layers",
-        lambda dense, layers: dense <= layers,
-        "at most num_hidden_layers",
-    ),
-    (
-        "n_routed_experts n_group",
-        lambda experts, groups: experts % groups == 0 and experts // groups >= 2,
-        "a multiple of n_group, with at least two experts a group",
-    ),
-    ("topk_group n_group", lambda keep, groups: keep <= groups, "at most n_group"),
-    (
-        "num_experts_per_tok topk_group n_routed_experts n_group",
-        lambda top_k, keep, experts, groups: top_k <= keep * (experts // groups),
-        "at most the experts of topk_group groups",
-    ),
-    (
-        "qk_rope_head_dim",
-        lambda rotary: rotary % 2 == 0,
-        "an even number: dimensions turn in pairs",
-    ),
+    ("first_k_dense_replace num_hidden_layers", lambda k, n: k <= n, "at most num_hidden_layers"),
+    ("n_routed_experts n_group", lambda e, g: e % g == 0 and e // g >= 2,
+     "a multiple of n_group, with at least two experts a group"),
+    ("topk_group n_group", lambda keep, g: keep <= g, "at most n_group"),
+    ("num_experts_per_tok topk_group n_routed_experts n_group",
+     lambda top_k, keep, e, g: top_k <= keep * (e // g), "at most the experts of topk_group groups"),
+    ("qk_rope_head_dim", lambda r: r % 2 == 0, "an even number: dimensions turn in pairs"),
     ("bos_token_id vocab_size", lambda token, vocab: token < vocab, "below vocab_size"),
     ("eos_token_id vocab_size", lambda token, vocab: token < vocab, "below vocab_size"),
-    (
-        "max_position_embeddings yarn",
-        lambda length, yarn: (
-            yarn is None or length <= yarn.factor * yarn.original_max_position_embeddings
-        ),
-        "at most factor x original_max_position_embeddings of rope_scaling",
-    ),
-]
+    ("max_position_embeddings yarn",
+     lambda n, yarn: yarn is None or n <= yarn.factor * yarn.original_max_position_embeddings,
+     "at most factor x original_max_position_embeddings of rope_scaling"),
+]  # fmt: skip
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
@@ -268,7 +245,7 @@ class _Reader:
         if kind == "bool":
             good, expected = isinstance(value, bool), "true or false"
         elif kind == "int":
-            low = 0 if key in _MAY_BE_ZERO else 1
+            low = 0 if key in _MAY_BE_ZERO.split() else 1
             good, expected = type(value) is int and value >= low, f"an integer of {low} or more"
         else:
             good, expected = number and 0 < value < math.inf, "a positive number"

@@ -185,7 +185,7 @@ _RULES: list[tuple[str, Callable[..., bool], str]] = [
      "a multiple of n_group, with at least two experts a group"),
     ("topk_group n_group", lambda keep, g: keep <= g, "at most n_group"),
     ("num_experts_per_tok topk_group n_routed_experts n_group",
-     lambda top_k, keep, e, g: top_k <= keep * (e // g), "at most the experts of topk_group groups"),
+     lambda k, keep, e, g: k <= keep * (e // g), "at most the experts in topk_group groups"),
     ("qk_rope_head_dim", lambda r: r % 2 == 0, "an even number: dimensions turn in pairs"),
     ("bos_token_id vocab_size", lambda token, vocab: token < vocab, "below vocab_size"),
     ("eos_token_id vocab_size", lambda token, vocab: token < vocab, "below vocab_size"),

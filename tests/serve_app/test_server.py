@@ -20,7 +20,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from rayseek.serve_app import http_protocol
+from rayseek.serve_app.http_methods import accept_methods_in_any_case
 from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Tokenizer
 
@@ -93,7 +93,7 @@ TEXT = "I am DeepSeek-V3. 你好！😀"
 @contextlib.contextmanager
 def serving(app: FastAPI) -> Iterator[int]:
     """The port of a uvicorn in a thread, started as Ray Serve starts it (http="auto")."""
-    http_protocol.install()
+    accept_methods_in_any_case()
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, args=([listener],))

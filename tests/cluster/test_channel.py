@@ -1,0 +1,266 @@
+"""Token channel, journal and re-dispatch over real gRPC on loopback, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from rayseek.cluster import tokens_pb2
+from rayseek.cluster.dispatch import Dispatcher, JournalEntry, RankAddress
+from rayseek.cluster.engine import Engine, run_to_end
+from rayseek.cluster.rank_server import RankServer
+from rayseek.cluster.request import (
+    Delta,
+    FinishReason,
+    Request,
+    RequestRefused,
+    SamplingParams,
+    Token,
+)
+from rayseek.cluster.scheduler import Limits
+from rayseek.cluster.wire import delta_of, refusal_message, request_of, submit_message, update_message
+
+EngineMaker = Callable[..., Engine]
+ROOT = Path(__file__).parents[2]
+PARAMS = SamplingParams(max_tokens=40, temperature=0.8)
+
+
+def wanted(count: int, **changes: Any) -> list[Request]:
+    return [
+        Request(f"r{i}", tuple(range(3, 30 + i)), replace(PARAMS, seed=i, **changes))
+        for i in range(count)
+    ]
+
+
+def undisturbed(make_engine: EngineMaker, requests: list[Request]) -> dict[str, list[Token]]:
+    engine = make_engine()
+    tokens: dict[str, list[Token]] = {r.id: [] for r in requests}
+    for r in requests:
+        engine.submit(r)
+    run_to_end(engine, lambda d: tokens[d.request_id].extend(d.tokens))
+    return tokens
+
+
+class Cluster:
+    """Ranks that come and go, and a dispatcher that discovers them."""
+
+    def __init__(self, make_engine: EngineMaker) -> None:
+        self._make_engine = make_engine
+        self.servers: dict[RankAddress, RankServer] = {}
+        self.dispatcher = Dispatcher(self.discover, patience_s=10, refresh_s=0.1)
+
+    async def discover(self) -> list[RankAddress]:
+        return list(self.servers)
+
+    async def start_rank(self, slow: bool = False, **limits: Any) -> RankAddress:
+        engine = self._make_engine(**limits)
+        if slow:  # so that something is left to interrupt
+            inner = engine.model
+
+            def model(batch: Any) -> Any:
+                import time
+
+                time.sleep(0.005)
+                return inner(batch)
+
+            engine.model = model
+        server = RankServer(engine)
+        port = await server.start("127.0.0.1")
+        address = RankAddress(f"rank-{port}", f"127.0.0.1:{port}")
+        self.servers[address] = server
+        return address
+
+    async def kill_rank(self, address: RankAddress) -> None:
+        await self.servers.pop(address).stop()
+
+    async def tokens(self, request: Request, on_token: Callable[[], None] = lambda: None) -> Any:
+        found: list[Token] = []
+        finish = None
+        async for delta in self.dispatcher.generate(request):
+            found += delta.tokens
+            finish = delta.finish
+            on_token()
+        return found, finish
+
+
+@pytest.fixture
+async def cluster(make_engine: EngineMaker) -> AsyncIterator[Cluster]:
+    made = Cluster(make_engine)
+    yield made
+    await made.dispatcher.close()
+    for address in list(made.servers):
+        await made.kill_rank(address)
+
+
+async def test_tokens_arrive_unchanged(cluster: Cluster, make_engine: EngineMaker) -> None:
+    requests = wanted(8, logprobs=2)
+    expected = undisturbed(make_engine, requests)
+    await cluster.start_rank()
+    results = await asyncio.gather(*(cluster.tokens(r) for r in requests))
+    for request, (tokens, finish) in zip(requests, results, strict=True):
+        assert finish is FinishReason.LENGTH
+        assert [t.id for t in tokens] == [t.id for t in expected[request.id]]
+        for got, want in zip(tokens, expected[request.id], strict=True):
+            assert got.logprob == pytest.approx(want.logprob, abs=1e-6)
+            assert [i for i, _ in got.top] == [i for i, _ in want.top]
+
+
+@pytest.mark.parametrize("tokens_before", [0, 1, 60, 200])
+async def test_death_of_a_rank_changes_no_token(
+    cluster: Cluster, make_engine: EngineMaker, tokens_before: int
+) -> None:
+    """Law 3: kill the rank after so many deltas; a successor starts a little later."""
+    requests = wanted(6)
+    expected = undisturbed(make_engine, requests)
+    first = await cluster.start_rank(slow=True)
+    seen = 0
+    reached = asyncio.Event()
+
+    def count() -> None:
+        nonlocal seen
+        seen += 1
+        if seen >= tokens_before:
+            reached.set()
+
+    if tokens_before == 0:
+        reached.set()
+
+    async def disaster() -> None:
+        await reached.wait()
+        await cluster.kill_rank(first)
+        await asyncio.sleep(0.2)
+        await cluster.start_rank()
+
+    results, _ = await asyncio.gather(
+        asyncio.gather(*(cluster.tokens(r, count) for r in requests)), disaster()
+    )
+    for request, (tokens, finish) in zip(requests, results, strict=True):
+        assert finish is FinishReason.LENGTH
+        assert [t.id for t in tokens] == [t.id for t in expected[request.id]]
+
+
+async def test_second_rank_takes_over_at_once(cluster: Cluster, make_engine: EngineMaker) -> None:
+    requests = wanted(4)
+    expected = undisturbed(make_engine, requests)
+    first, _ = await cluster.start_rank(slow=True), await cluster.start_rank(slow=True)
+    runs = [asyncio.create_task(cluster.tokens(r)) for r in requests]
+    await asyncio.sleep(0.15)
+    await cluster.kill_rank(first)
+    for request, run in zip(requests, runs, strict=True):
+        tokens, _ = await run
+        assert [t.id for t in tokens] == [t.id for t in expected[request.id]]
+
+
+async def test_a_request_that_was_on_three_dying_ranks_ends_with_an_error(
+    cluster: Cluster,
+) -> None:
+    (request,) = wanted(1, max_tokens=900)
+    run = asyncio.create_task(cluster.tokens(request))
+    for _ in range(3):
+        address = await cluster.start_rank(slow=True)
+        while not cluster.servers[address].engine_loop.pulse.load.running:
+            await asyncio.sleep(0.01)
+        await cluster.kill_rank(address)
+    _, finish = await run
+    assert finish is FinishReason.ERROR
+
+
+async def test_closing_the_iterator_frees_the_rank(cluster: Cluster) -> None:
+    address = await cluster.start_rank(slow=True)
+    (request,) = wanted(1, max_tokens=900)
+    deltas = cluster.dispatcher.generate(request)
+    await anext(deltas)
+    await deltas.aclose()
+    server = cluster.servers[address]
+    for _ in range(100):
+        if not server.engine_loop.pulse.load.running:
+            break
+        await asyncio.sleep(0.02)
+    assert server.engine_loop.pulse.load.pages_held == 0
+
+
+async def test_an_ingress_that_vanishes_frees_the_rank(cluster: Cluster) -> None:
+    address = await cluster.start_rank(slow=True)
+    other = Dispatcher(cluster.discover)
+    deltas = other.generate(wanted(1, max_tokens=900)[0])
+    await anext(deltas)
+    with contextlib.suppress(RequestRefused):
+        await other.close()
+    server = cluster.servers[address]
+    for _ in range(100):
+        if not server.engine_loop.pulse.load.running:
+            break
+        await asyncio.sleep(0.02)
+    assert server.engine_loop.pulse.load.pages_held == 0
+    await deltas.aclose()
+
+
+async def test_refusals_say_why(cluster: Cluster) -> None:
+    await cluster.start_rank(context=256, max_queue=1, step=Limits(1, 64, 64), slow=True)
+    with pytest.raises(RequestRefused, match="exceed the context of 256") as refused:
+        await cluster.tokens(replace(wanted(1)[0], prompt_ids=tuple([5] * 250)))
+    assert not refused.value.retryable
+    runs = [asyncio.create_task(cluster.tokens(r)) for r in wanted(6)]
+    outcomes = await asyncio.gather(*runs, return_exceptions=True)
+    refusals = [o for o in outcomes if isinstance(o, RequestRefused)]
+    assert refusals and all("max_queue" in r.reason and r.retryable for r in refusals)
+    assert any(not isinstance(o, BaseException) for o in outcomes)
+
+
+async def test_no_rank_at_all_is_said_after_patience(make_engine: EngineMaker) -> None:
+    cluster = Cluster(make_engine)
+    await cluster.dispatcher.close()
+    cluster.dispatcher = Dispatcher(cluster.discover, patience_s=0.3, refresh_s=0.1)
+    with pytest.raises(RequestRefused, match="no rank is up"):
+        await cluster.tokens(wanted(1)[0])
+    await cluster.dispatcher.close()
+
+
+def test_journal_keeps_what_was_delivered_and_the_first_cache_count() -> None:
+    request = wanted(1)[0]
+    entry = JournalEntry(request)
+    entry.record(Delta(request.id, (Token(7), Token(8)), cached_tokens=64))
+    delta = entry.record(Delta(request.id, (Token(9),), cached_tokens=0))
+    assert delta.cached_tokens == 64
+    assert entry.continuation().emitted_ids == (7, 8, 9)
+
+
+def test_messages_survive_the_wire() -> None:
+    params = SamplingParams(
+        max_tokens=7, temperature=0.3, top_k=4, top_p=0.9, min_p=0.1, frequency_penalty=-1.0,
+        presence_penalty=2.0, repetition_penalty=1.1, logit_bias=((3, -100.0), (9, 0.5)),
+        seed=2**64 - 1, stop_token_ids=(1, 2), min_tokens=2, logprobs=0,
+    )  # fmt: skip
+    request = Request("id", (0, 5, 129279), params, "salt", -3, (4,))
+    assert request_of(submit_message(1, request), "id") == request
+    plain = replace(request, sampling=replace(params, logprobs=None))
+    assert request_of(submit_message(1, plain), "id") == plain
+    deltas = [
+        Delta("id", (Token(1), Token(2)), None, 0),
+        Delta("id", (Token(1, -0.5, ((1, -0.5), (2, -1.5))),), FinishReason.STOP, 64),
+        Delta("id", (), FinishReason.ERROR, None, "why"),
+    ]
+    for delta in deltas:
+        assert delta_of(update_message(1, delta), "id") == delta
+    with pytest.raises(RequestRefused, match="full"):
+        delta_of(refusal_message(1, RequestRefused("full")), "id")
+
+
+def test_generated_code_is_fresh(tmp_path: Path) -> None:
+    """`tokens_pb2.py` says what `tokens.proto` says; otherwise run `make proto`."""
+    out = tmp_path / "set"
+    subprocess.run(
+        [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'cluster'}",
+         f"--descriptor_set_out={out}", "tokens.proto"],
+        check=True,
+    )  # fmt: skip
+    (described,) = FileDescriptorSet.FromString(out.read_bytes()).file
+    assert described.SerializeToString() == tokens_pb2.DESCRIPTOR.serialized_pb

@@ -1,0 +1,61 @@
+"""Shared by all rooms: a tiny random model, made once a session, and engines over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rayseek.cluster.engine import Engine, EngineLimits
+from rayseek.cluster.scheduler import Limits
+from rayseek.kernels.select import choose_ops
+from rayseek.model.checkpoint import Checkpoint
+from rayseek.model.inventory import owned_names
+from rayseek.model.maker import SMALL, make_checkpoint
+from rayseek.model.transformer import CachedModel, Transformer
+from rayseek.model.vocabulary import undefined_ids
+
+torch.set_num_threads(1)
+
+TINY = replace(
+    SMALL, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,
+    num_attention_heads=2, q_lora_rank=32, kv_lora_rank=64, qk_nope_head_dim=16,
+    qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=8, num_experts_per_tok=2,
+    num_nextn_predict_layers=1, fp8_blocks=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint in the official layout, with its tokenizer."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    make_checkpoint(path, TINY, seed=0, shards=2)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_path: Path) -> Transformer:
+    weights = Checkpoint.open(tiny_path).load(owned_names(TINY), progress=False)
+    return Transformer(TINY, weights, choose_ops().ops, TINY.max_position_embeddings)
+
+
+EngineMaker = Callable[..., Engine]
+
+
+@pytest.fixture(scope="session")
+def make_engine(tiny_model: Transformer, tiny_path: Path) -> EngineMaker:
+    """Engines over one set of weights, each with a page pool of its own."""
+    undefined = undefined_ids(tiny_path, TINY.vocab_size)
+
+    def make(
+        pages: int = 64,
+        context: int = 1024,
+        max_queue: int = 1000,
+        step: Limits = Limits(max_batch=16, step_tokens=256, chunk_tokens=64),
+    ) -> Engine:
+        limits = EngineLimits(pages, context, max_queue, step)
+        return Engine(CachedModel(tiny_model, pages), limits, undefined)
+
+    return make

@@ -27,44 +27,50 @@ class ModelSettings(Section):
 class EngineSettings(Section):
     """One attention rank's engine."""
 
-    max_context: int | None = Field(None, ge=64)  # tokens; None: what the model allows
-    cache_gib: float = Field(0.25, gt=0)  # KV pages of a rank
-    max_batch: int = Field(64, ge=1)  # sequences running at once
-    step_tokens: int = Field(1024, ge=1)  # rows of a step that only computes prompts
-    chunk_tokens: int = Field(256, ge=1)  # prompt rows of a step that also decodes
-    max_queue: int = Field(1024, ge=1)  # waiting requests; one more is refused with 503
+    max_context: int | None = Field(default=None, ge=64)  # tokens; None: what the model allows
+    cache_gib: float = Field(default=0.25, gt=0)  # KV pages of a rank
+    max_batch: int = Field(default=64, ge=1)  # sequences running at once
+    step_tokens: int = Field(default=1024, ge=1)  # rows of a step that only computes prompts
+    chunk_tokens: int = Field(default=256, ge=1)  # prompt rows of a step that also decodes
+    max_queue: int = Field(default=1024, ge=1)  # waiting requests; one more is refused with 503
     kernels: Literal["auto", "native", "reference"] = "auto"
-    threads: int = Field(2, ge=1)  # CPU threads of a prompt's big matmuls; decoding uses one
-    load_timeout_s: float = Field(1800, gt=0)  # a rank that has not loaded by then is replaced
-    step_timeout_s: float = Field(60, gt=0)  # a rank whose step takes longer is killed
+    threads: int = Field(
+        default=2, ge=1
+    )  # CPU threads of a prompt's big matmuls; decoding uses one
+    load_timeout_s: float = Field(
+        default=1800, gt=0
+    )  # a rank that has not loaded by then is replaced
+    step_timeout_s: float = Field(default=60, gt=0)  # a rank whose step takes longer is killed
 
 
 class DecodeSettings(Section):
     """Units that decode (and, colocated, also prefill)."""
 
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(default=1, ge=1)
 
 
 class ApiSettings(Section):
     """The HTTP side's behaviour."""
 
     temperature_mapping: Literal["deepseek", "none"] = "deepseek"  # API 1.0 = model 0.3
-    max_output_tokens: int = Field(8192, ge=1)  # largest max_tokens
-    default_output_tokens: int = Field(4096, ge=1)  # when the caller names none
+    max_output_tokens: int = Field(default=8192, ge=1)  # largest max_tokens
+    default_output_tokens: int = Field(default=4096, ge=1)  # when the caller names none
     keys: tuple[str, ...] = ()  # accepted API keys; none: see key_file
     key_file: Path | None = None  # one key a line; None: ~/.config/rayseek/api_key, made if absent
-    body_limit_mib: float = Field(8, gt=0)
-    keep_alive_s: float = Field(10, gt=0)  # a comment line in streams that wait
-    ready_window_s: float = Field(30, gt=0)  # /ready: a token within this, or a probe
+    body_limit_mib: float = Field(default=8, gt=0)
+    keep_alive_s: float = Field(default=10, gt=0)  # a comment line in streams that wait
+    ready_window_s: float = Field(default=30, gt=0)  # /ready: a token within this, or a probe
 
 
 class IngressSettings(Section):
     """Where the API listens, and how many processes speak it."""
 
     host: str = "0.0.0.0"
-    port: int = Field(8000, ge=1, le=65535)
-    replicas: int = Field(1, ge=1)  # keep it stable: a change reloads the proxy
-    longest_stream_s: int = Field(7200, ge=1)  # streams live this long through reloads and updates
+    port: int = Field(default=8000, ge=1, le=65535)
+    replicas: int = Field(default=1, ge=1)  # keep it stable: a change reloads the proxy
+    longest_stream_s: int = Field(
+        default=7200, ge=1
+    )  # streams live this long through reloads and updates
 
 
 class Config(Section):

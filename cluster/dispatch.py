@@ -180,9 +180,7 @@ class Dispatcher:
                 return
             except RankLost:
                 entry.deaths += 1
-                log.warning(
-                    "request %s moves on after %d tokens", request.id, len(entry.emitted)
-                )
+                log.warning("request %s moves on after %d tokens", request.id, len(entry.emitted))
                 if entry.deaths >= MAX_DEATHS:
                     yield entry.record(
                         Delta(

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rayseek.cluster.pages import PagePool, pages_for
+from rayseek.cluster.pages import PagePool
 from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused, Token
 from rayseek.cluster.scheduler import Limits, Plan, SequenceView, plan_step
 from rayseek.cluster.sequence import Sequence
@@ -61,12 +61,7 @@ class Engine:
     """
 
     def __init__(self, model: Model, limits: EngineLimits, undefined_ids: list[int]) -> None:
-        if limits.num_pages * PAGE_TOKENS < limits.context:
-            raise ValueError(
-                f"{limits.num_pages} KV pages hold {limits.num_pages * PAGE_TOKENS} tokens, fewer "
-                f"than one context of {limits.context}: give the cache more memory or lower "
-                f"engine.max_context"
-            )
+        assert limits.num_pages * PAGE_TOKENS >= limits.context, "a context must fit the pages"
         self.model = model
         self.limits = limits
         self.pool = PagePool(limits.num_pages)

@@ -12,6 +12,7 @@ import torch
 from rayseek.cluster.config import EngineSettings
 from rayseek.cluster.dispatch import RankAddress
 from rayseek.cluster.engine import Engine, EngineLimits
+from rayseek.cluster.pages import pages_for
 from rayseek.cluster.rank_server import Pulse, RankServer
 from rayseek.cluster.scheduler import Limits
 from rayseek.kernels.select import choose_ops
@@ -26,16 +27,29 @@ from rayseek.model.vocabulary import undefined_ids
 log = logging.getLogger("rayseek.rank")
 
 
-def context_limit(config: ModelConfig, settings: EngineSettings) -> int:
-    """Longest sequence served: the operator's limit, or what the model allows."""
+def engine_limits(config: ModelConfig, settings: EngineSettings) -> EngineLimits:
+    """Sizes of a rank's engine. Raises ValueError when settings and model do not fit together."""
     allowed = config.max_position_embeddings
-    wanted = settings.max_context or allowed
-    if wanted > allowed:
+    context = settings.max_context or allowed
+    if context > allowed:
         raise ValueError(
-            f"engine.max_context is {wanted}, but the model has {allowed} positions "
+            f"engine.max_context is {context}, but the model has {allowed} positions "
             "(max_position_embeddings)"
         )
-    return wanted
+    num_pages = int(settings.cache_gib * 2**30 / LatentCache.page_bytes(config))
+    if num_pages * PAGE_TOKENS < context:
+        needed = pages_for(context) * LatentCache.page_bytes(config) / 2**30
+        raise ValueError(
+            f"engine.cache_gib is {settings.cache_gib}: room for {num_pages * PAGE_TOKENS} tokens, "
+            f"fewer than one context of {context}. Give it {needed:.2f} GiB or more, or lower "
+            "engine.max_context"
+        )
+    return EngineLimits(
+        num_pages=num_pages,
+        context=context,
+        max_queue=settings.max_queue,
+        step=Limits(settings.max_batch, settings.step_tokens, settings.chunk_tokens),
+    )
 
 
 def build_engine(path: Path, settings: EngineSettings) -> Engine:
@@ -43,18 +57,12 @@ def build_engine(path: Path, settings: EngineSettings) -> Engine:
     config = ModelConfig.from_pretrained(path)
     ops, reason = choose_ops("cpu", settings.kernels)
     log.info("kernels: %s (%s)", ops.name, reason)
-    context = context_limit(config, settings)
+    limits = engine_limits(config, settings)
     weights = Checkpoint.open(path).load(owned_names(config))
-    model = Transformer(config, weights, ops, context)
-    num_pages = int(settings.cache_gib * 2**30 / LatentCache.page_bytes(config))
-    limits = EngineLimits(
-        num_pages=num_pages,
-        context=context,
-        max_queue=settings.max_queue,
-        step=Limits(settings.max_batch, settings.step_tokens, settings.chunk_tokens),
-    )
-    log.info("KV cache: %d pages, %d tokens", num_pages, num_pages * PAGE_TOKENS)
-    return Engine(CachedModel(model, num_pages), limits, undefined_ids(path, config.vocab_size))
+    model = Transformer(config, weights, ops, limits.context)
+    pages = limits.num_pages
+    log.info("KV cache: %d pages, %d tokens", pages, pages * PAGE_TOKENS)
+    return Engine(CachedModel(model, pages), limits, undefined_ids(path, config.vocab_size))
 
 
 class Rank:

@@ -65,8 +65,8 @@ class EngineLoop:
                 self._outbox[stream].append(refusal_message(handle, refusal))
             except Exception as error:  # nothing a request contains may stop the loop
                 log.exception("request %s could not be queued", request.id)
-                refusal = RequestRefused(f"the request cannot be run: {error!r}", retryable=False)
-                self._outbox[stream].append(refusal_message(handle, refusal))
+                impossible = RequestRefused(f"it cannot be run: {error!r}", retryable=False)
+                self._outbox[stream].append(refusal_message(handle, impossible))
 
         self._inbox.put(command)
 

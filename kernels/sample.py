@@ -110,7 +110,7 @@ def sample(logits_RV: Tensor, draws: list[Draw]) -> list[int]:
             logits_RV = rows
         else:
             logits_RV[noisy] = rows
-    return logits_RV.argmax(dim=1).tolist()  # type: ignore[no-any-return]
+    return logits_RV.argmax(dim=1).tolist()
 
 
 def top_logprobs(logits_V: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:

@@ -59,9 +59,7 @@ class MLA:
         ops, c = self.ops, self.config
         a = ops.linear(x_TD, self.q_and_kv_a, norm=self.input_norm)
         q, ckr_TX = a[:, : self.q_width], a[:, self.q_width :]
-        ops.store_latents(
-            ckr_TX, self.kv_norm, cos_sin_PR, batch.positions_T, batch.slots_T, pages
-        )
+        ops.store_latents(ckr_TX, self.kv_norm, cos_sin_PR, batch.positions_T, batch.slots_T, pages)
         if self.q_b is not None:
             q = ops.linear(q, self.q_b, norm=self.q_norm)
         q_THW = q.reshape(len(x_TD), c.num_attention_heads, c.qk_head_dim)

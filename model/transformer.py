@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from rayseek.kernels.ops import Norm, Ops
@@ -116,6 +115,5 @@ class CachedModel:
         self.transformer = transformer
         self.cache = LatentCache(transformer.config, num_pages)
 
-    @torch.inference_mode()
     def __call__(self, batch: Batch) -> Tensor:
         return self.transformer(batch, self.cache)

@@ -105,7 +105,7 @@ def engine_results(model: Path, settings: EngineSettings, points: list[Point]) -
     results = []
     for point in [Point(2, 32, 8), *points]:  # the first warms up
         clocks: dict[str, Clock] = {}
-        left = {stream: point.rounds for stream in range(point.streams)}
+        left = dict.fromkeys(range(point.streams), point.rounds)
 
         def submit(stream: int, point: Point = point, left: dict[int, int] = left,
                    clocks: dict[str, Clock] = clocks) -> None:  # fmt: skip
@@ -205,7 +205,9 @@ async def http_stream(url: str, key: str, body: dict[str, Any]) -> Clock:
     return clock
 
 
-async def http_point(system: str, url: str, key: str, name: str, vocab: int, point: Point) -> Result:
+async def http_point(
+    system: str, url: str, key: str, name: str, vocab: int, point: Point
+) -> Result:
     rng = random.Random(point.streams)
     clocks: list[Clock] = []
 

@@ -99,11 +99,11 @@ def serve(arguments: argparse.Namespace) -> None:
     try:
         check_port(config.ingress.host, config.ingress.port)
         model = served_model(config)
-        from rayseek.cluster.rank import context_limit
+        from rayseek.cluster.rank import engine_limits
         from rayseek.model.checkpoint import Checkpoint
 
         checkpoint = Checkpoint.open(model)  # every problem is told now, not by a dying rank
-        context = context_limit(checkpoint.config, config.engine)
+        context = engine_limits(checkpoint.config, config.engine).context
         keys = load_keys(
             config.api.keys, config.api.key_file, generated=config_folder() / "api_key"
         )

@@ -9,8 +9,8 @@ from ray.serve import Application
 
 from rayseek.cluster.config import Config
 from rayseek.cluster.unit import Unit
-from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.ingress import Ingress
+from rayseek.serve_app.settings import ApiSettings
 
 APP_NAME = "rayseek"
 DRAIN_S = 30.0

@@ -184,11 +184,11 @@ async def run(engine: Engine, choices: Sequence[Choice]) -> Pieces:
     try:
         running = len(choices)
         while running:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            running -= item[1].finish is not None
-            yield item
+            got = await queue.get()
+            if isinstance(got, BaseException):
+                raise got
+            running -= got[1].finish is not None
+            yield got
     finally:
         for task in tasks:
             task.cancel()

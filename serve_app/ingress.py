@@ -22,12 +22,11 @@ DISCOVERY_TIMEOUT_S = 5.0
 class Ingress:
     """Deployment class of `Ingress`. `decode` is the handle of the units' leaders."""
 
-    async def __init__(self, settings: ApiSettings, model_path: str, decode: Any) -> None:
+    def __init__(self, settings: ApiSettings, model_path: str, decode: Any) -> None:
         accept_methods_in_any_case()
         self._settings = settings
         self._decode = decode
         self._tokenizer = Tokenizer.from_pretrained(Path(model_path))
-        self._dispatcher = Dispatcher(self._discover)
 
     async def _discover(self) -> list[RankAddress]:
         """Every rank of every unit that serves now."""
@@ -38,7 +37,7 @@ class Ingress:
         return [rank for ranks in units for rank in ranks]
 
     async def __serve_build_asgi_app__(self) -> Any:
-        return build_app(self._settings, self._tokenizer, self._dispatcher)
+        return build_app(self._settings, self._tokenizer, Dispatcher(self._discover))
 
 
 def api_settings(config: Config, context: int, keys: tuple[str, ...]) -> ApiSettings:

@@ -16,12 +16,13 @@ import socket
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from rayseek.cluster.config import Config
 from rayseek.serve_app.settings import ApiSettings
@@ -134,17 +135,23 @@ def running(config: Config, model_path: Path, settings: ApiSettings) -> Iterator
         yield Running(address, f"http://{context.dashboard_url}", logs)
     finally:
         with _uninterrupted():
+            started = psutil.Process().children(recursive=True)
             ray.shutdown()  # ends every process; serve.shutdown would drain for half a minute
+            _, left = psutil.wait_procs(started, timeout=10)
+            for process in left:
+                process.kill()
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait_until_ready(url: str) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, urllib.error.URLError):
-            with urllib.request.urlopen(url, timeout=60) as answer:
-                if answer.status == 200:
-                    return
+        with (
+            contextlib.suppress(OSError),  # a refusal, a 503, a reset while the proxy starts
+            urllib.request.urlopen(url, timeout=60) as answer,
+        ):
+            if answer.status == 200:
+                return
         time.sleep(0.2)
     raise StartError(f"{url} did not answer within {READY_TIMEOUT_S:.0f} s")
 

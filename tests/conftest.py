@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from rayseek.cluster.engine import Engine, EngineLimits
 from rayseek.cluster.scheduler import Limits
 from rayseek.kernels.select import choose_ops
@@ -41,6 +42,7 @@ def tiny_model(tiny_path: Path) -> Transformer:
     return Transformer(TINY, weights, choose_ops().ops, TINY.max_position_embeddings)
 
 
+STEP = Limits(max_batch=16, step_tokens=256, chunk_tokens=64)
 EngineMaker = Callable[..., Engine]
 
 
@@ -53,7 +55,7 @@ def make_engine(tiny_model: Transformer, tiny_path: Path) -> EngineMaker:
         pages: int = 64,
         context: int = 1024,
         max_queue: int = 1000,
-        step: Limits = Limits(max_batch=16, step_tokens=256, chunk_tokens=64),
+        step: Limits = STEP,
     ) -> Engine:
         limits = EngineLimits(pages, context, max_queue, step)
         return Engine(CachedModel(tiny_model, pages), limits, undefined)

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from google.protobuf.descriptor_pb2 import FileDescriptorSet
-from rayseek.cluster import tokens_pb2
+
 from rayseek.cluster.dispatch import Dispatcher, JournalEntry, RankAddress
 from rayseek.cluster.engine import Engine, run_to_end
 from rayseek.cluster.rank_server import RankServer
@@ -26,7 +25,13 @@ from rayseek.cluster.request import (
     Token,
 )
 from rayseek.cluster.scheduler import Limits
-from rayseek.cluster.wire import delta_of, refusal_message, request_of, submit_message, update_message
+from rayseek.cluster.wire import (
+    delta_of,
+    refusal_message,
+    request_of,
+    submit_message,
+    update_message,
+)
 
 EngineMaker = Callable[..., Engine]
 ROOT = Path(__file__).parents[2]
@@ -255,12 +260,15 @@ def test_messages_survive_the_wire() -> None:
 
 
 def test_generated_code_is_fresh(tmp_path: Path) -> None:
-    """`tokens_pb2.py` says what `tokens.proto` says; otherwise run `make proto`."""
-    out = tmp_path / "set"
+    """`tokens_pb2.py` describes what `tokens.proto` says; otherwise run `make proto`."""
+    source = ROOT / "cluster"
     subprocess.run(
-        [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'cluster'}",
-         f"--descriptor_set_out={out}", "tokens.proto"],
+        [sys.executable, "-m", "grpc_tools.protoc", f"-I{source}", f"--python_out={tmp_path}",
+         "tokens.proto"],
         check=True,
     )  # fmt: skip
-    (described,) = FileDescriptorSet.FromString(out.read_bytes()).file
-    assert described.SerializeToString() == tokens_pb2.DESCRIPTOR.serialized_pb
+
+    def description(file: Path) -> list[str]:
+        return [line for line in file.read_text().splitlines() if "AddSerializedFile" in line]
+
+    assert description(source / "tokens_pb2.py") == description(tmp_path / "tokens_pb2.py") != []

@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from rayseek.cluster.engine import Engine, run_to_end
 from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused, SamplingParams
 from rayseek.cluster.scheduler import Limits
 from rayseek.model.batch import PAGE_TOKENS, Batch
-from torch import Tensor
 
 EngineMaker = Callable[..., Engine]
 FEW = settings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
 from rayseek.cluster.pages import PagePool, chain_root, page_hash, pages_for
 from rayseek.model.batch import PAGE_TOKENS
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rayseek.kernels.sample import Draw, gumbel_noise, keep_mask, noise_key, sample, top_logprobs
 
 VOCAB = 257
@@ -71,8 +72,7 @@ def test_filters_equal_their_definition(
     expected = {
         i
         for rank, i in enumerate(kept)
-        if rank == 0
-        or ((top_p >= 1.0 or before[rank] < top_p) and probs[rank] >= min_p * probs[0])
+        if rank == 0 or ((top_p >= 1.0 or before[rank] < top_p) and probs[rank] >= min_p * probs[0])
     }
     got = keep_mask(torch.tensor(logits, dtype=torch.float32), top_k, top_p, min_p)
     assert set(got.nonzero().flatten().tolist()) == expected

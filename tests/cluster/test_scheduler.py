@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rayseek.cluster.scheduler import Limits, Plan, SequenceView, plan_step
 from rayseek.model.batch import PAGE_TOKENS
 

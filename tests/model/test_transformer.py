@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from rayseek.kernels.fp8 import dequantise_ref
 from rayseek.kernels.ops import Ops
 from rayseek.kernels.select import choose_ops
@@ -20,8 +23,6 @@ from rayseek.model.maker import SMALL, make_checkpoint
 from rayseek.model.mla import Form
 from rayseek.model.mtp import MTPModule
 from rayseek.model.transformer import Transformer
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 YARN = Yarn(40.0, 64, 32.0, 1.0, 1.0)  # 64 positions originally, so that a test goes beyond them
 ODD = replace(
@@ -89,7 +90,9 @@ def run(model: Transformer, ids: list[int], chunks: list[int], pages: list[int])
         page.fill_(torch.nan)  # what a slot held before must never matter
     parts, start = [], 0
     for size in chunks:
-        parts.append(model(Batch.of_sequences([ids[start : start + size]], [start], [pages]), cache))
+        parts.append(
+            model(Batch.of_sequences([ids[start : start + size]], [start], [pages]), cache)
+        )
         start += size
     assert start == len(ids)
     return torch.cat(parts)

@@ -12,7 +12,7 @@ import pytest
 
 from rayseek.cluster.request import Delta, FinishReason, RequestRefused, Token
 from rayseek.serve_app.settings import ApiSettings
-from rayseek.serve_app.tokenizer import Tokenizer
+from rayseek.serve_app.tokenizer import Control, Tokenizer
 
 USER = [{"role": "user", "content": "Hi"}]
 BODY = {"model": "deepseek-v3", "messages": USER}
@@ -246,6 +246,40 @@ async def test_stop_string_cancels_the_engine(
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"]["completion_tokens"] == 7
     assert engine.cancelled == [answer["id"]] and engine.live == 0
+
+
+async def test_one_failing_choice_cancels_the_others(
+    api: Any, small: Tokenizer, settings: ApiSettings
+) -> None:
+    engine = api.ScriptedEngine(
+        lambda r: [RequestRefused("full")] if r.id.endswith("-1") else [60.0]
+    )
+    async with api.client_of(api.build_app(settings, small, engine)) as client:
+        for stream in (False, True):
+            reply = await client.post(CHAT, json={**BODY, "n": 3, "stream": stream})
+            assert reply.status_code == 503 and engine.live == 0
+
+
+async def test_special_tokens_are_shown_on_request(
+    api: Any, small: Tokenizer, settings: ApiSettings
+) -> None:
+    """EOS ends the answer unless ignored; then it is a token like others, by default hidden."""
+    ids = [*small.encode_text("a"), small.eos_id, small.id_of(Control.USER)]
+    engine = api.ScriptedEngine(lambda r: api.deltas_of(r, ids))
+    app = api.build_app(settings, small, engine)
+    async with api.client_of(app) as client:
+        for fields, text, count in (
+            ({}, "a", 1),
+            ({"ignore_eos": True}, "a<｜User｜>", 3),
+            (
+                {"ignore_eos": True, "skip_special_tokens": False},
+                "a<｜end▁of▁sentence｜><｜User｜>",
+                3,
+            ),
+        ):
+            answer = (await client.post(CHAT, json={**BODY, **fields})).json()
+            assert answer["choices"][0]["message"]["content"] == text
+            assert answer["usage"]["completion_tokens"] == count
 
 
 async def test_errors_before_and_within_a_stream(

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from rayseek.cluster.request import Delta, Token
 from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Tokenizer
 
@@ -267,20 +268,26 @@ def test_no_body_hurts_the_server(
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("stream", "reads"), [(False, True), (True, True), (True, False)])
 async def test_disconnect_cancels_the_request(
-    api: Any, small: Tokenizer, settings: ApiSettings, stream: bool
+    api: Any, small: Tokenizer, settings: ApiSettings, stream: bool, reads: bool
 ) -> None:
-    """The ASGI conversation by hand: the client leaves while the engine is silent."""
-    engine = api.ScriptedEngine(lambda r: [60.0])
+    """The ASGI conversation by hand: the client leaves while the engine is silent, or while what
+    was sent to it is stuck."""
+    token = Delta("", (Token(small.encode_text("a")[0]),))
+    engine = api.ScriptedEngine(lambda r: [60.0] if reads else [token, token, token])
     app = api.build_app(settings, small, engine)
     inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     body = json.dumps({**BODY, "stream": stream}).encode()
     inbox.put_nowait({"type": "http.request", "body": body, "more_body": False})
     sent: list[MutableMapping[str, Any]] = []
+    stuck = asyncio.Event()
 
     async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(message)
+        if not reads and message.get("body"):
+            stuck.set()
+            await asyncio.Event().wait()
 
     headers = [(b"authorization", f"Bearer {api.KEY}".encode())]
     scope = {
@@ -290,7 +297,7 @@ async def test_disconnect_cancels_the_request(
         "client": ("test", 1), "http_version": "1.1", "asgi": {"version": "3.0"},
     }  # fmt: skip
     exchange = asyncio.create_task(app(scope, inbox.get, send))
-    while not engine.live:
+    while not (engine.live if reads else stuck.is_set()):
         await asyncio.sleep(0.001)
     inbox.put_nowait({"type": "http.disconnect"})
     await asyncio.wait_for(exchange, 5)

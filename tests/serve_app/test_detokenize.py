@@ -17,7 +17,11 @@ TOKENS = st.lists(
     ),
     max_size=12,
 )
-STOPS = st.lists(st.text("abé😀\n\ufffd", min_size=1, max_size=4), max_size=4)
+STOPS = st.lists(
+    st.sampled_from(["a", "b", "ab", "bab", "aab", "b\n", "éa"])
+    | st.text("abé😀\n\ufffd", min_size=1, max_size=4),
+    max_size=4,
+)
 
 
 def reference(text: str, stops: list[str], include: bool) -> tuple[str, bool]:
@@ -61,6 +65,11 @@ def test_text_is_held_back_no_longer_than_needed(tokens: list[bytes]) -> None:
         assert shown == so_far or shown + "\ufffd" == so_far
         assert stream.decoded == len(shown)
     assert shown + stream.close() == b"".join(tokens).decode("utf-8", "replace")
+
+
+def test_of_stops_that_end_together_the_longest_is_cut() -> None:
+    stream = TextStream(lambda i: b"xab"[i : i + 1], stop=["b", "ab"])
+    assert "".join(stream.push(i) for i in range(3)) == "x" and stream.stopped
 
 
 def test_overlapping_stops() -> None:

@@ -21,7 +21,7 @@ IDS = st.lists(
     min_size=1,
     max_size=LENGTH,
 )
-CUTS = st.lists(st.integers(1, LENGTH - 1), max_size=LENGTH)
+CUTS = st.just(list(range(1, LENGTH))) | st.lists(st.integers(1, LENGTH - 1), max_size=LENGTH)
 OPTIONS = st.fixed_dictionaries(
     {"max_tokens": st.integers(1, LENGTH)},
     optional={
@@ -33,6 +33,27 @@ OPTIONS = st.fixed_dictionaries(
         "n": st.integers(1, 3),
     },
 )
+
+
+def expected_text(tokenizer: Tokenizer, ids: list[int], options: dict[str, Any]) -> str:
+    """What the answer must say, from the whole sequence at once."""
+    shown = bytearray()
+    include, custom = options.get("include_stop_str_in_output"), options.get("stop_token_ids", [])
+    for token_id in ids[: options["max_tokens"]]:
+        ends = token_id in custom or (
+            token_id == tokenizer.eos_id and not options.get("ignore_eos")
+        )
+        hidden = token_id in tokenizer.special_ids and options.get("skip_special_tokens", True)
+        if not hidden and (not ends or (include and token_id in custom)):
+            shown += tokenizer.token_bytes(token_id)
+        if ends:
+            break
+    text = shown.decode("utf-8", "replace")
+    for end in range(len(text) + 1):
+        lengths = [len(s) for s in options.get("stop", []) if text[:end].endswith(s)]
+        if lengths:
+            return text[: end if include else end - max(lengths)]
+    return text
 
 
 def joined(text: str, chat: bool) -> dict[str, Any]:
@@ -59,7 +80,9 @@ def joined(text: str, chat: bool) -> dict[str, Any]:
 
 @given(ids=IDS, cuts=CUTS, options=OPTIONS, logprobs=st.booleans(), chat=st.booleans(),
        cached=st.integers(0, 5))  # fmt: skip
-@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@hypothesis_settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300
+)
 def test_stream_law(
     api: Any, small: Tokenizer, settings: ApiSettings, ids: list[int], cuts: list[int],
     options: dict[str, Any], logprobs: bool, chat: bool, cached: int,
@@ -95,10 +118,12 @@ def test_stream_law(
         == usage["prompt_tokens"]
     )
     assert len(whole["choices"]) == len(stream["choices"]) == options.get("n", 1)
+    expected = expected_text(small, ids, options)
     counted = 0
     for choice in whole["choices"]:
         other = stream["choices"][choice["index"]]
-        assert other["text"] == (choice["message"]["content"] if chat else choice["text"])
+        text = choice["message"]["content"] if chat else choice["text"]
+        assert other["text"] == text == expected
         assert other["finish_reason"] == choice["finish_reason"] in ("stop", "length")
         if logprobs:
             entries = choice["logprobs"]["content" if chat else "tokens"]

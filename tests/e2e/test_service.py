@@ -1,0 +1,295 @@
+"""The whole service as a user starts it: `rayseek serve`, HTTP, kill -9, Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from rayseek.serve_app.local import free_port
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+RAYSEEK = [sys.executable, "-m", "rayseek.serve_app"]
+
+
+@dataclass
+class Service:
+    process: subprocess.Popen[str]
+    url: str
+    key: str
+    environment: dict[str, str]
+    port: int
+    start_s: float
+
+    @property
+    def base(self) -> str:
+        return f"{self.url}/v1"
+
+    def rank(self) -> psutil.Process:
+        """The attention rank's process."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline()[:1] == ["ray::Rank"] or "ray::Rank" in process.name():
+                    return process
+        raise AssertionError("no rank process")
+
+
+def start(model: Path, home: Path) -> Service:
+    environment = {
+        **os.environ, "XDG_CONFIG_HOME": str(home / "config"), "PYTHONUNBUFFERED": "1",
+        "HOME": str(home),
+    }  # fmt: skip
+    port = free_port()
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [*RAYSEEK, "serve", "--model", str(model), "--port", str(port), "--host", "127.0.0.1"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    )  # fmt: skip
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if "Ctrl-C" in line:
+            break
+    assert "Ctrl-C" in said, said
+    key = re.search(r"sk-\w+", said)
+    url = re.search(r"(http://\S+)/v1", said)
+    assert key and url and "Dashboard  http://" in said, said
+    return Service(process, url[1], key[0], environment, port, time.monotonic() - began)
+
+
+@pytest.fixture(scope="session")
+def service(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    running = start(tiny_path, tmp_path_factory.mktemp("home"))
+    children = psutil.Process(running.process.pid).children(recursive=True)
+    yield running
+    running.process.send_signal(signal.SIGINT)
+    said, _ = running.process.communicate(timeout=30)
+    assert running.process.returncode == 0, said
+    left = [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]
+    assert not left, f"Ctrl-C left {left}"
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", running.port), timeout=1).close()
+
+
+VENDOR_SAMPLE = '''
+from openai import OpenAI
+
+##### API Configuration #####
+openai_api_key = "${ApiKey}"
+openai_api_base = "${ServerUrl}"
+
+client = OpenAI(
+    api_key=openai_api_key,
+    base_url=openai_api_base,
+)
+
+models = client.models.list()
+model = models.data[0].id
+print(model)
+
+
+def main():
+    stream = True
+
+    chat_completion = client.chat.completions.create(
+        messages=[
+            {
+                "role": "user",
+                "content": [
+                    {
+                        "type": "text",
+                        "text": "Hello, please introduce yourself in as much detail as possible.",
+                    }
+                ],
+            }
+        ],
+        model=model,
+        max_completion_tokens=1024,
+        stream=stream,
+    )
+
+    if stream:
+        for chunk in chat_completion:
+            print(chunk.choices[0].delta.content, end="")
+    else:
+        result = chat_completion.choices[0].message.content
+        print(result)
+
+
+if __name__ == "__main__":
+    main()
+'''
+
+
+def test_vendor_python_sample_verbatim(service: Service) -> None:
+    sample = VENDOR_SAMPLE.replace("${ApiKey}", service.key).replace("${ServerUrl}", service.base)
+    done = subprocess.run(
+        [sys.executable, "-c", sample], capture_output=True, timeout=120, check=True
+    )
+    model, _, text = done.stdout.decode().partition("\n")
+    assert model == "deepseek-v3"
+    assert len(text) > 100
+
+
+def test_vendor_curl_sample_verbatim(service: Service) -> None:
+    """It sends the method as `Post`."""
+    body = {
+        "model": "deepseek-v3",
+        "messages": [{"role": "user", "content": "Write a letter to my daughter from the future "
+                      "year 2035, telling her to study technology well"}],
+    }  # fmt: skip
+    done = subprocess.run(
+        ["curl", "-sS", "-X", "Post", f"{service.base}/chat/completions",
+         "-H", "Content-Type: application/json", "-H", f"Authorization: Bearer {service.key}",
+         "-d", json.dumps(body)],
+        capture_output=True, timeout=120, check=True,
+    )  # fmt: skip
+    answer = json.loads(done.stdout)
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+    usage = answer["usage"]
+    assert (
+        usage["prompt_cache_hit_tokens"] + usage["prompt_cache_miss_tokens"]
+        == usage["prompt_tokens"]
+    )
+
+
+def test_key_file_is_private(service: Service) -> None:
+    file = Path(service.environment["XDG_CONFIG_HOME"]) / "rayseek" / "api_key"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.read_text().strip() == service.key
+
+
+def test_second_start_on_the_same_port_says_so(service: Service, tiny_path: Path) -> None:
+    done = subprocess.run(
+        [*RAYSEEK, "serve", "--model", str(tiny_path), "--port", str(service.port),
+         "--host", "127.0.0.1"],
+        capture_output=True, text=True, timeout=60, env=service.environment,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{service.port}" in done.stderr
+    assert "--port" in done.stderr
+
+
+def ask(seed: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model": "deepseek-v3",
+        "messages": [{"role": "user", "content": f"Count from {seed} to one hundred."}],
+        "seed": seed,
+        "temperature": 1.2,
+        "max_tokens": 300,
+        "extra_body": {"ignore_eos": True},
+        **more,
+    }
+
+
+async def streamed(client: AsyncOpenAI, seed: int, pieces: list[str] | None = None) -> str:
+    pieces = [] if pieces is None else pieces
+    finish = None
+    async for chunk in await client.chat.completions.create(**ask(seed), stream=True):
+        text = chunk.choices[0].delta.content
+        assert text is not None, "clients print it unseen"
+        pieces.append(text)
+        finish = chunk.choices[0].finish_reason or finish
+        if finish:
+            usage = chunk.usage
+    assert finish == "length"
+    assert usage is not None and usage.completion_tokens == 300
+    return "".join(pieces)
+
+
+async def test_streams_equal_plain_answers(service: Service) -> None:
+    """Law 1 and law 2 through every layer: streamed together, answered one by one."""
+    async with AsyncOpenAI(api_key=service.key, base_url=service.base) as client:
+        together = await asyncio.gather(*(streamed(client, seed) for seed in range(8)))
+        for seed, text in enumerate(together):
+            plain = await client.chat.completions.create(**ask(seed), stream=False)
+            assert plain.choices[0].message.content == text
+
+
+@pytest.mark.parametrize("how", ["at the start", "in the middle"])
+async def test_kill_9_of_the_rank_changes_no_stream(service: Service, how: str) -> None:
+    """Law 3, with 16 streams."""
+    async with AsyncOpenAI(
+        api_key=service.key, base_url=service.base, max_retries=0, timeout=200
+    ) as client:
+        undisturbed = await asyncio.gather(*(streamed(client, seed) for seed in range(16)))
+        pieces: list[list[str]] = [[] for _ in range(16)]
+        runs = [asyncio.create_task(streamed(client, s, pieces[s])) for s in range(16)]
+        if how == "in the middle":
+            while min(map(len, pieces)) < 20:
+                await asyncio.sleep(0.005)
+        victim = service.rank()
+        victim.kill()
+        assert not all(run.done() for run in runs), "killed too late to mean anything"
+        assert await asyncio.gather(*runs) == undisturbed
+        assert service.rank().pid != victim.pid
+
+
+async def test_a_stopped_client_is_cancelled_and_a_slow_one_served(service: Service) -> None:
+    body = json.dumps({**ask(1, stream=True), "ignore_eos": True}).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {service.key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", service.port, limit=2**22)
+    writer.write(head + body)
+    await reader.read(300)
+    writer.transport.abort()  # gone in the middle
+
+    reader, writer = await asyncio.open_connection("127.0.0.1", service.port, limit=2**22)
+    writer.write(head + body)
+    for _ in range(4):  # one byte at a time, while others are answered at full speed
+        assert await reader.read(1)
+        async with AsyncOpenAI(api_key=service.key, base_url=service.base) as client:
+            await client.chat.completions.create(**ask(2), stream=False)
+    rest = await reader.readuntil(b"data: [DONE]")
+    assert b'"finish_reason":"length"' in rest
+    writer.close()
+
+
+def test_bad_input_through_the_proxy(service: Service) -> None:
+    """The whole list is tested at the application; here, what the layers before it could spoil."""
+    auth = {"Authorization": f"Bearer {service.key}", "Content-Type": "application/json"}
+    with httpx.Client(base_url=service.base, headers=auth, timeout=60) as client:
+        for content, status in [
+            (b'{"model": ', 400),
+            (b"\xff\xfe", 400),
+            (b'"' + b"x" * 10 * 2**20 + b'"', 413),
+            (json.dumps({"model": "deepseek-v3", "messages": []}).encode(), 400),
+        ]:
+            answer = client.post("/chat/completions", content=content)
+            assert answer.status_code == status, answer.text
+            assert answer.json()["error"]["message"]
+        assert client.post("/nowhere").status_code == 404
+        wrong = client.get("/models", headers={"Authorization": "Bearer sk-wrong"})
+        assert wrong.status_code == 401
+        assert wrong.json()["error"]["type"] == "authentication_error"
+        assert client.get(f"{service.url}/health").status_code == 200
+        assert client.get(f"{service.url}/ready").status_code == 200
+
+
+def test_too_long_a_prompt_is_refused_and_the_server_lives(service: Service) -> None:
+    client = OpenAI(api_key=service.key, base_url=service.base, max_retries=0)
+    with pytest.raises(Exception, match="maximum context length") as refused:
+        client.chat.completions.create(
+            model="deepseek-v3", messages=[{"role": "user", "content": "word " * 9000}]
+        )
+    assert getattr(refused.value, "status_code", None) == 400
+    again = client.chat.completions.create(**ask(3, max_tokens=4))
+    assert again.usage is not None and again.usage.completion_tokens == 4

@@ -66,6 +66,7 @@ class Engine:
         self.limits = limits
         self.pool = PagePool(limits.num_pages)
         self._undefined = torch.tensor(undefined_ids, dtype=torch.int64)
+        self._mask_V: Tensor | None = None  # 0, or -inf where an id has no token
         self._waiting: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
         self._arrivals = 0
@@ -202,7 +203,7 @@ class Engine:
 
     def _sample(self, ready: list[Sequence], logits_RV: Tensor) -> list[Token | None]:
         """One token per row of logits; None where the row has no finite logits."""
-        finite = torch.isfinite(logits_RV).all(dim=1).tolist()
+        finite = torch.isfinite(logits_RV.sum(dim=1)).tolist()
         raw = {
             r: logits_RV[r].clone()
             for r, s in enumerate(ready)
@@ -210,8 +211,10 @@ class Engine:
         }
         for r, sequence in enumerate(ready):
             adjust_logits(logits_RV[r], sequence)
-        if len(self._undefined):
-            logits_RV.index_fill_(1, self._undefined, -torch.inf)
+        if self._mask_V is None:
+            self._mask_V = torch.zeros(logits_RV.shape[1])
+            self._mask_V[self._undefined] = -torch.inf
+        logits_RV += self._mask_V
         ids = sample(logits_RV, [s.draw() for s in ready])
         tokens: list[Token | None] = []
         for r, (sequence, token) in enumerate(zip(ready, ids, strict=True)):

@@ -29,26 +29,28 @@ def noise_key(seed: int, position: int) -> tuple[int, int]:
     return mixed >> 32, mixed & _U32
 
 
-def _mix32(x: Tensor, mul_a: int, mul_b: int, shift: int) -> Tensor:
-    """One round of an invertible 32-bit hash, on int64 tensors holding 32-bit values."""
-    x = (x ^ (x >> 16)).mul_(mul_a).bitwise_and_(_U32)
-    x = (x ^ (x >> shift)).mul_(mul_b).bitwise_and_(_U32)
-    return x ^ (x >> 16)
+def _fold(x: Tensor, shift: int) -> Tensor:
+    """x ^= x >> shift on the bits of int32 values, in place (torch's own shift keeps the sign)."""
+    return x.bitwise_xor_((x >> shift).bitwise_and_((1 << (32 - shift)) - 1))
+
+
+def _signed(word: int) -> int:
+    """A 32-bit word as the int32 of the same bits."""
+    return word - (1 << 32) if word >> 31 else word
 
 
 def gumbel_noise(keys: list[tuple[int, int]], vocab: int) -> Tensor:
     """float32 [R, V] standard Gumbel noise for R draws over V token ids.
 
     A 32-bit hash of (key, id) gives v in (0, 1); -log(-log1p(-v)) keeps full precision where it
-    matters, at large noise (small v).
+    matters, at large noise (small v). int32 arithmetic wraps, which is what the hash wants.
     """
-    key_R2 = torch.tensor(keys, dtype=torch.int64)
-    ids_V = torch.arange(vocab, dtype=torch.int64) * 0x9E3779B9
-    x = (ids_V[None, :] + key_R2[:, :1]).bitwise_and_(_U32)
-    x = _mix32(x, 0x85EBCA6B, 0xC2B2AE35, 13)
-    x = (x + key_R2[:, 1:]).bitwise_and_(_U32)
-    x = _mix32(x, 0x7FEB352D, 0x846CA68B, 15)
-    v = x.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    key_R2 = torch.tensor([[_signed(a), _signed(b)] for a, b in keys], dtype=torch.int32)
+    x = torch.arange(vocab, dtype=torch.int32).mul_(_signed(0x9E3779B9)) + key_R2[:, :1]
+    x = _fold(x, 16).mul_(_signed(0x85EBCA6B)).add_(key_R2[:, 1:])
+    x = _fold(_fold(x, 15).mul_(_signed(0x846CA68B)), 16)
+    high, low = (x >> 16).bitwise_and_(0xFFFF).to(torch.float32), x.bitwise_and_(0xFFFF)
+    v = high.mul_(2.0**16).add_(low).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     return v.neg_().log1p_().neg_().log_().neg_()
 
 

@@ -27,7 +27,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
-#if defined(__AVX2__)
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -38,6 +41,7 @@
 typedef uint16_t u16;
 typedef float v16 __attribute__((vector_size(64), may_alias));
 typedef int32_t i16x __attribute__((vector_size(64), may_alias));
+typedef uint32_t u16x __attribute__((vector_size(64), may_alias));
 typedef float v16u __attribute__((vector_size(64), aligned(4), may_alias));
 
 static inline v16 all(float x) { return v16{} + x; }
@@ -135,8 +139,13 @@ alignas(64) static const struct {
 } SHAPE = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 #endif
 
-struct Tiles {  // the eight tiles hold 16 rows of 64 bytes each while this object lives
+// While this object lives, the eight tiles hold 16 rows of 64 bytes each, and denormals (the low
+// parts of numbers below 2^-100) count as zero, as in AMX itself: they would cost an assist each.
+struct Tiles {
+#ifdef __SSE2__
+    unsigned saved = _mm_getcsr();
     Tiles() {
+        _mm_setcsr(saved | 0x8040);
 #ifdef RS_AMX
         if (use_amx) _tile_loadconfig(&SHAPE);
 #endif
@@ -145,7 +154,12 @@ struct Tiles {  // the eight tiles hold 16 rows of 64 bytes each while this obje
 #ifdef RS_AMX
         if (use_amx) _tile_release();
 #endif
+        _mm_setcsr(saved);
     }
+#else
+    Tiles() {}
+    ~Tiles() {}
+#endif
 };
 
 // GCC does not know that a tile load reads memory: stores must be finished before one.
@@ -272,10 +286,11 @@ static inline void split(v16& a, v16& b, void* out) {  // 32 bf16 of (a, b); lea
     b -= (v16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits, 1)), 16);
 }
 
-// MB x NB tiles of the product over k tiles [k0, k1), into c[m * NB + n].
+// MB x NB tiles of the product over k tiles [k0, k1), into c[m * NB + n]. With `ahead`, weights
+// that far on are asked for now: from beyond L2 this doubles what a core reads per second.
 template <int MB, int NB>
 static inline void amx_sweep(const u16* a, long a_step, const u16* b, long b_step, int planes,
-                             long k0, long k1, v16 (*c)[16]) {
+                             long k0, long k1, long ahead, v16 (*c)[16]) {
     stores_done();
     _tile_zero(0);
     if (NB > 1) _tile_zero(1);
@@ -285,6 +300,8 @@ static inline void amx_sweep(const u16* a, long a_step, const u16* b, long b_ste
         _tile_loadd(4, a + k * 512, 64);
         if (MB > 1) _tile_loadd(5, a + a_step + k * 512, 64);
         for (long p = k * planes; p < (k + 1) * planes; p++) {
+            for (long i = 0; ahead && i < NB * 512; i += 32)
+                __builtin_prefetch(b + (i < 512 ? i : b_step + i - 512) + p * 512 + ahead);
             _tile_loadd(6, b + p * 512, 64);
             if (NB > 1) _tile_loadd(7, b + b_step + p * 512, 64);
             _tile_dpbf16ps(0, 4, 6);
@@ -344,6 +361,9 @@ static void split_rows(const Input& x, long first, long m, long k, const Norm* n
     for (long i = 0; i < m; i++) {
         long at = x.index ? x.index[first + i] : first + i;
         const float* row = read_row(x.at + at * x.stride, k, norm);
+        if (i + 2 < m)
+            for (long j = 0, next = x.index ? x.index[first + i + 2] : first + i + 2; j < k; j += 16)
+                __builtin_prefetch(x.at + next * x.stride + j);
         if (rows) {
             memcpy(rows + i * ktiles * 32, row, ktiles * 32 * sizeof(float));
             continue;
@@ -361,11 +381,12 @@ static void split_rows(const Input& x, long first, long m, long k, const Norm* n
 #ifdef RS_AMX
 template <int MB, int NB>
 static void amx_block(const u16* a, const u16* b, const float* scale, const Packed& w, long row,
-                      long m, long col, const Output& out) {
+                      long m, long col, long ahead, const Output& out) {
     long kt = w.ktiles();
     alignas(64) v16 c[MB * NB][16];
     scaled<MB * 16, NB>([&](long k0, long k1, v16* to) {
-        amx_sweep<MB, NB>(a, kt * 512, b, kt * w.planes * 512, w.planes, k0, k1, (v16(*)[16])to);
+        amx_sweep<MB, NB>(a, kt * 512, b, kt * w.planes * 512, w.planes, k0, k1, ahead,
+                          (v16(*)[16])to);
     }, kt, scale, w.ntiles() * 16, c[0]);
     for (int i = 0; i < MB; i++)
         for (int t = 0; t < TOKENS && i * TOKENS + t < m; t++)
@@ -396,14 +417,15 @@ static void multiply(const Packed& w, long h, long first, long m, const Output& 
 #ifdef RS_AMX
     if (use_amx) {
         const u16* a = scratch<u16>(TILES, 0);
+        long panel = kt * w.planes * 512, ahead = panel > 64 * 512 ? 8 * 512 : 2 * panel;
         for (long n = 0; n < nt; n += 2)
             for (long i = 0; i < m; i += 2 * TOKENS) {
-                const u16 *ai = a + i / TOKENS * kt * 512, *b = data + n * kt * w.planes * 512;
+                const u16 *ai = a + i / TOKENS * kt * 512, *b = data + n * panel;
                 const float* s = scale ? scale + n * 16 : nullptr;
                 bool tall = m - i > TOKENS, wide = n + 1 < nt;
                 auto block = tall ? (wide ? amx_block<2, 2> : amx_block<2, 1>)
                                   : (wide ? amx_block<1, 2> : amx_block<1, 1>);
-                block(ai, b, s, w, first + i, m - i, n * 16, out);
+                block(ai, b, s, w, first + i, m - i, n * 16, i ? 0 : ahead, out);
             }
         return;
     }
@@ -489,13 +511,6 @@ static inline void zero_four() {
     _tile_zero(2);
     _tile_zero(3);
 }
-static inline void load_four(const v16* c) {
-    stores_done();
-    _tile_loadd(0, c, 64);
-    _tile_loadd(1, c + 16, 64);
-    _tile_loadd(2, c + 32, 64);
-    _tile_loadd(3, c + 48, 64);
-}
 static inline void store_four(v16* c) {
     _tile_stored(0, c, 64);
     _tile_stored(1, c + 16, 64);
@@ -503,60 +518,72 @@ static inline void store_four(v16* c) {
     _tile_stored(3, c + 48, 64);
 }
 
-// Both operands as high + middle bfloat16 parts: hi.hi + hi.mid + mid.hi, within 2^-16 of float32.
-// `fixed` is used by all four results, `moving` by one each; A says which of them is the left one.
+// Four tiles of results += products of float32 operands, each as high + middle bfloat16 parts:
+// hi.mid + mid.hi + hi.hi, within 2^-16 of float32. The four share the operand `fixed` and have a
+// `moving` one of their own; FIXED_LEFT says which is which.
 template <bool FIXED_LEFT>
 static inline void amx_three(const u16* fixed_hi, const u16* fixed_mid, const u16* moving_hi,
                              const u16* moving_mid, long step) {
     stores_done();
     _tile_loadd(4, fixed_hi, 64);
     _tile_loadd(5, fixed_mid, 64);
-#define RS_THREE(T)                                                   \
-    _tile_loadd(6, moving_hi + T * step, 64);                         \
-    _tile_loadd(7, moving_mid + T * step, 64);                        \
-    if (FIXED_LEFT) {                                                 \
-        _tile_dpbf16ps(T, 4, 7);                                      \
-        _tile_dpbf16ps(T, 5, 6);                                      \
-        _tile_dpbf16ps(T, 4, 6);                                      \
-    } else {                                                          \
-        _tile_dpbf16ps(T, 7, 4);                                      \
-        _tile_dpbf16ps(T, 6, 5);                                      \
-        _tile_dpbf16ps(T, 6, 4);                                      \
+#define RS_THREE(T)                            \
+    _tile_loadd(6, moving_hi + T * step, 64);  \
+    _tile_loadd(7, moving_mid + T * step, 64); \
+    if (FIXED_LEFT) {                          \
+        _tile_dpbf16ps(T, 4, 7);               \
+        _tile_dpbf16ps(T, 5, 6);               \
+        _tile_dpbf16ps(T, 4, 6);               \
+    } else {                                   \
+        _tile_dpbf16ps(T, 7, 4);               \
+        _tile_dpbf16ps(T, 6, 5);               \
+        _tile_dpbf16ps(T, 6, 4);               \
     }
     RS_THREE(0) RS_THREE(1) RS_THREE(2) RS_THREE(3)
 #undef RS_THREE
 }
 
-// A page as the left operand of scores = K Q' ([part][4 of 16 keys][X / 32][16][32]) and as the
-// right one of P V ([part][2 of 32 keys][C / 16][16 pairs of keys][16][2]). Keys from `valid` on
-// are zero.
-static void amx_page(const float* page, long X, long C, long valid, u16* keys, u16* values) {
-    long xt = (X + 31) / 32, ct = (C + 63) / 64 * 4, kpart = 4 * xt * 512, vpart = 2 * ct * 512;
-    alignas(64) int16_t low[32], high[32];
-    for (int i = 0; i < 32; i++)
-        low[i] = i / 2 + i % 2 * 32, high[i] = low[i] + 16;
-    __m512i pick_low = _mm512_load_si512(low), pick_high = _mm512_load_si512(high);
-    for (long j = 0; j < PAGE; j += 2)
-        for (long t = 0; t < xt; t++) {
-            __m512i pair[2][2];
+// The same parts for operands made here: each the upper half of 32 bits, rounded to nearest.
+static inline void two_parts(v16 x, u16x* parts) {
+    u16x high = ((u16x)x + 0x8000u) & 0xffff0000u;
+    parts[0] = high, parts[1] = (u16x)(x - (v16)high) + 0x8000u;
+}
+static inline __m512i pairs(u16x even, u16x odd) {  // upper halves of two vectors, interleaved
+    return (__m512i)((even >> 16) | (odd & 0xffff0000u));
+}
+static inline __m512i in_a_row(u16x first, u16x second) {  // upper halves, one after the other
+    static const struct Odd { alignas(64) u16 at[32]; } odd = [] {
+        Odd o{};
+        for (int i = 0; i < 32; i++) o.at[i] = (u16)(2 * i + 1);
+        return o;
+    }();
+    return _mm512_permutex2var_epi16((__m512i)first, _mm512_load_si512(odd.at), (__m512i)second);
+}
+
+// A page as the left operand of scores = K Q' (keys: [part][4 of 16 keys][X / 32][16][32]) and as
+// the right one of P V (values: [part][2 of 32 keys][C / 16][16 pairs of keys][16][2]). Only the
+// first `used` keys, zero from `valid` on.
+static void amx_page(const float* page, long X, long C, long valid, long used, u16* keys,
+                     u16* values) {
+    long xt = (X + 31) / 32, ct = (C + 63) / 64 * 4;
+    for (long t = 0; t < xt; t++)  // this order, asking for the next columns: twice as fast
+        for (long j = 0; j < used; j += 2) {
+            u16x parts[2][2][2];  // [key][half of 32 dimensions][part]
             for (long i = 0; i < 2; i++) {
                 const float* x = page + (j + i) * X + t * 32;
                 long n = j + i < valid ? X - t * 32 : 0;
-                v16 a = n > 0 ? load_n(x, n) : v16{}, b = n > 16 ? load_n(x + 16, n - 16) : v16{};
-                u16* to = keys + ((j / 16) * xt + t) * 512 + (j % 16 + i) * 32;
-                split(a, b, to);
-                split(a, b, to + kpart);
-                pair[0][i] = _mm512_load_si512(to);
-                pair[1][i] = _mm512_load_si512(to + kpart);
+                __builtin_prefetch(x + 32);
+                __builtin_prefetch(x + 48);
+                two_parts(n > 0 ? load_n(x, n) : v16{}, parts[i][0]);
+                two_parts(n > 16 ? load_n(x + 16, n - 16) : v16{}, parts[i][1]);
             }
-            for (int part = 0; part < 2; part++) {
-                u16* to = values + part * vpart + ((j / 32) * ct + 2 * t) * 512 + j % 32 * 16;
-                if (2 * t < ct)
-                    _mm512_store_si512(to, _mm512_permutex2var_epi16(
-                        pair[part][0], pick_low, pair[part][1]));
-                if (2 * t + 1 < ct)
-                    _mm512_store_si512(to + 512, _mm512_permutex2var_epi16(
-                        pair[part][0], pick_high, pair[part][1]));
+            for (long part = 0; part < 2; part++) {
+                u16* k = keys + ((part * 4 + j / 16) * xt + t) * 512 + j % 16 * 32;
+                _mm512_store_si512(k, in_a_row(parts[0][0][part], parts[0][1][part]));
+                _mm512_store_si512(k + 32, in_a_row(parts[1][0][part], parts[1][1][part]));
+                u16* v = values + ((part * 2 + j / 32) * ct + 2 * t) * 512 + j % 32 * 16;
+                for (long half = 0; half < 2 && 2 * t + half < ct; half++, v += 512)
+                    _mm512_store_si512(v, pairs(parts[0][half][part], parts[1][half][part]));
             }
         }
 }
@@ -566,7 +593,8 @@ static void amx_attention(const Attention& s, const int32_t* table, long row0, l
     u16* q = scratch<u16>(QUERIES, tiles * 2 * xt * 512);  // [tile][part][X / 32][pair][16 rows][2]
     u16 *keys = scratch<u16>(KEYS, 2 * 4 * xt * 512), *values = scratch<u16>(VALUES, 2 * 2 * ct * 512);
     v16* state = scratch<v16>(STATE, tiles * 2);
-    v16* o = scratch<v16>(OUTPUT, tiles * 16 * ct);  // [tile][C / 16][16 rows]
+    v16* added = scratch<v16>(OUTPUT, (tiles + 1) * 16 * ct);  // of one page: [C / 16][16 rows]
+    v16* o = added + 16 * ct;                                  // so far: [tile][C / 16][16 rows]
     alignas(64) v16 score[PAGE];
     alignas(64) u16 p[2][2][512];  // [part][32 keys][16 rows][32]
     i16x position[GROUP];
@@ -582,9 +610,10 @@ static void amx_attention(const Attention& s, const int32_t* table, long row0, l
             for (int r = 0; r < 16; r++) {
                 const float* x = s.q + (std::min(t * 16 + r, rows - 1) + row0) * s.X + k * 32;
                 long n = s.X - k * 32;
-                v16 a = load_n(x, n) * s.scale, b = n > 16 ? load_n(x + 16, n - 16) * s.scale : v16{};
-                split(a, b, &part[0][r]);
-                split(a, b, &part[1][r]);
+                u16x a[2], b[2];
+                two_parts(load_n(x, n) * s.scale, a);
+                two_parts(n > 16 ? load_n(x + 16, n - 16) * s.scale : v16{}, b);
+                for (int i = 0; i < 2; i++) part[i][r] = in_a_row(a[i], b[i]);
             }
             for (int i = 0; i < 2; i++) {
                 transpose(part[i]);
@@ -595,8 +624,9 @@ static void amx_attention(const Attention& s, const int32_t* table, long row0, l
         memset(o + t * 16 * ct, 0, 16 * ct * sizeof(v16));
     }
     for (long first = 0; first <= last; first += PAGE) {
-        amx_page(s.pages + (long)table[first / PAGE] * PAGE * s.X, s.X, s.C,
-                 std::min(PAGE, last + 1 - first), keys, values);
+        const float* page = s.pages + (long)table[first / PAGE] * PAGE * s.X;
+        long valid = std::min(PAGE, last + 1 - first), used = (valid + 31) / 32 * 32;
+        amx_page(page, s.X, s.C, valid, used, keys, values);
         for (long t = 0; t < tiles; t++) {
             int32_t newest = position[t][0], oldest = position[t][0];
             for (int r = 1; r < 16; r++) {
@@ -611,44 +641,35 @@ static void amx_attention(const Attention& s, const int32_t* table, long row0, l
                                  keys + (4 * xt + k) * 512, xt * 512);
             store_four(score);
             if (oldest < first + PAGE - 1)
-                for (int j = 0; j < PAGE; j++)
+                for (int j = 0; j < used; j++)
                     score[j] = pick((int32_t)first + j > position[t], all(-INFINITY), score[j]);
             v16 &m = state[2 * t], &l = state[2 * t + 1], best = m, total[4] = {};
-            for (int j = 0; j < PAGE; j++) best = larger(best, score[j]);
+            for (int j = 0; j < used; j++) best = larger(best, score[j]);
             v16 shrink = vexp(m - best);
-            for (int j = 0; j < PAGE; j++) total[j % 4] += score[j] = vexp(score[j] - best);
+            for (int j = 0; j < used; j++) total[j % 4] += score[j] = vexp(score[j] - best);
             m = best, l = madd(l, shrink, (total[0] + total[1]) + (total[2] + total[3]));
-            for (int half = 0; half < 2; half++) {  // P', keys down, to rows of key pairs
+            for (int half = 0; half < used / 32; half++) {  // P', keys down, to rows of key pairs
                 alignas(64) __m512i part[2][16];
                 for (int j = 0; j < 16; j++) {
-                    v16 a = score[half * 32 + 2 * j], b = score[half * 32 + 2 * j + 1];
-                    for (int i = 0; i < 2; i++) {
-                        alignas(64) u16 both[32];
-                        split(a, b, both);
-                        __m512i even = _mm512_cvtepu16_epi32(_mm256_load_si256((__m256i*)both));
-                        __m512i odd = _mm512_cvtepu16_epi32(_mm256_load_si256((__m256i*)(both + 16)));
-                        part[i][j] = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
-                    }
+                    u16x a[2], b[2];
+                    two_parts(score[half * 32 + 2 * j], a);
+                    two_parts(score[half * 32 + 2 * j + 1], b);
+                    for (int i = 0; i < 2; i++) part[i][j] = pairs(a[i], b[i]);
                 }
                 for (int i = 0; i < 2; i++) {
                     transpose(part[i]);
                     memcpy(p[i][half], part[i], 1024);
                 }
             }
-            v16* ot = o + t * 16 * ct;
-            i16x same = shrink == all(1.f);
-            bool rescale = false;
-            for (int r = 0; r < 16; r++) rescale |= !same[r];
             for (long c = 0; c < ct; c += 4) {
-                v16* oc = ot + c * 16;
-                if (rescale)
-                    for (int r = 0; r < 64; r++) oc[r] *= shrink[r % 16];
-                load_four(oc);
-                for (int half = 0; half < 2; half++)
+                zero_four();
+                for (int half = 0; half < used / 32; half++)
                     amx_three<true>(p[0][half], p[1][half], values + (half * ct + c) * 512,
                                     values + ((2 + half) * ct + c) * 512, 512);
-                store_four(oc);
+                store_four(added + c * 16);
             }
+            for (v16 *to = o + t * 16 * ct, *from = added; from < added + 16 * ct; from += 16)
+                for (int r = 0; r < 16; r++, to++) *to = madd(*to, all(shrink[r]), from[r]);
         }
     }
     for (long i = 0; i < rows; i++)
@@ -742,8 +763,14 @@ static void attend(const Attention& s, long T) {
 
 extern "C" {
 
-// Whether AMX is there and this process may use it (Linux asks for permission once).
+// Whether AMX is there and this process may use it (Linux asks for permission once). Also keeps
+// freed memory in the process: a prompt's tensors in pages that are fresh each time cost a quarter
+// of its time in page faults.
 int rs_init() {
+#ifdef __GLIBC__
+    mallopt(M_MMAP_THRESHOLD, 32 << 20);
+    mallopt(M_TRIM_THRESHOLD, 256 << 20);
+#endif
 #ifdef RS_AMX
     use_amx = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
 #endif

@@ -14,20 +14,22 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc.aio
 
-from rayseek.cluster.engine import Engine, Load
 from rayseek.cluster.request import Delta, Request, RequestRefused
 from rayseek.cluster.tokens_pb2 import Frame, ToRank, Update
 from rayseek.cluster.tokens_pb2 import Load as LoadMessage
 from rayseek.cluster.wire import METHOD, SERVICE, refusal_message, request_of, update_message
 
+if TYPE_CHECKING:  # torch stays out of processes that only talk to a rank
+    from rayseek.cluster.engine import Engine, Load
+
 log = logging.getLogger("rayseek.rank")
 
 Stream = int  # one connected ingress
-Command = Callable[[Engine], None]
+Command: TypeAlias = "Callable[[Engine], None]"
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ def engine_results(model: Path, settings: EngineSettings, points: list[Point]) -
     """The engine alone, stepped in this process."""
     import torch
 
-    from rayseek.cluster.rank import build_engine
+    from rayseek.cluster.build import build_engine
     from rayseek.cluster.request import Request, SamplingParams
 
     torch.set_num_threads(1)

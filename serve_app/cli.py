@@ -99,7 +99,7 @@ def serve(arguments: argparse.Namespace) -> None:
     try:
         check_port(config.ingress.host, config.ingress.port)
         model = served_model(config)
-        from rayseek.cluster.rank import engine_limits
+        from rayseek.cluster.build import engine_limits
         from rayseek.model.checkpoint import Checkpoint
 
         checkpoint = Checkpoint.open(model)  # every problem is told now, not by a dying rank

@@ -1,0 +1,66 @@
+"""An engine from a checkpoint folder and settings: kernels, weights, page pool."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from rayseek.cluster.config import EngineSettings
+from rayseek.cluster.engine import Engine, EngineLimits
+from rayseek.cluster.pages import pages_for
+from rayseek.cluster.scheduler import Limits
+from rayseek.kernels.select import choose_ops
+from rayseek.model.batch import PAGE_TOKENS
+from rayseek.model.checkpoint import Checkpoint
+from rayseek.model.config import ModelConfig
+from rayseek.model.inventory import owned_names
+from rayseek.model.latent_cache import LatentCache
+from rayseek.model.transformer import CachedModel, Transformer
+from rayseek.model.vocabulary import undefined_ids
+
+log = logging.getLogger("rayseek.build")
+
+
+def engine_limits(config: ModelConfig, settings: EngineSettings) -> EngineLimits:
+    """Sizes of a rank's engine. Raises ValueError when settings and model do not fit together."""
+    allowed = config.max_position_embeddings
+    context = settings.max_context or allowed
+    if context > allowed:
+        raise ValueError(
+            f"engine.max_context is {context}, but the model has {allowed} positions "
+            "(max_position_embeddings)"
+        )
+    num_pages = int(settings.cache_gib * 2**30 / LatentCache.page_bytes(config))
+    if num_pages * PAGE_TOKENS < context:
+        needed = pages_for(context) * LatentCache.page_bytes(config) / 2**30
+        raise ValueError(
+            f"engine.cache_gib is {settings.cache_gib}: room for {num_pages * PAGE_TOKENS} tokens, "
+            f"fewer than one context of {context}. Give it {needed:.2f} GiB or more, or lower "
+            "engine.max_context"
+        )
+    return EngineLimits(
+        num_pages=num_pages,
+        context=context,
+        max_queue=settings.max_queue,
+        step=Limits(settings.max_batch, settings.step_tokens, settings.chunk_tokens),
+    )
+
+
+def build_engine(path: Path, settings: EngineSettings) -> Engine:
+    """Load a checkpoint and put an engine around it, in this process.
+
+    torch itself keeps to one thread: two that share a busy core wait for each other. The kernels
+    use `settings.threads` where a prompt makes it worth while.
+    """
+    torch.set_num_threads(1)
+    config = ModelConfig.from_pretrained(path)
+    ops, reason = choose_ops("cpu", settings.kernels, settings.threads)
+    log.info("kernels: %s (%s)", ops.name, reason)
+    limits = engine_limits(config, settings)
+    weights = Checkpoint.open(path).load(owned_names(config))
+    model = Transformer(config, weights, ops, limits.context)
+    pages = limits.num_pages
+    log.info("KV cache: %d pages, %d tokens", pages, pages * PAGE_TOKENS)
+    return Engine(CachedModel(model, pages), limits, undefined_ids(path, config.vocab_size))

@@ -201,7 +201,6 @@ async def test_unknown_paths_methods_and_keys(
         reply = await client.get(CHAT)
         is_openai_error(reply, 405)
         assert reply.headers["allow"] == "POST"
-        assert (await client.request("Post", CHAT, json=BODY)).status_code == 200
         for header, text in (
             ("Bearer sk-wrong-00000000cd99", "****cd99 is invalid"),
             ("Bearer short", "**** is invalid"),
@@ -291,7 +290,7 @@ async def test_disconnect_cancels_the_request(
 
     headers = [(b"authorization", f"Bearer {api.KEY}".encode())]
     scope = {
-        "type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(),
+        "type": "http", "method": "Post", "path": CHAT, "raw_path": CHAT.encode(),
         "headers": headers,
         "query_string": b"", "root_path": "", "scheme": "http", "server": ("test", 80),
         "client": ("test", 1), "http_version": "1.1", "asgi": {"version": "3.0"},

@@ -210,6 +210,15 @@ def test_order_rules(messages: list[Message], text: str) -> None:
     assert raised.value.status == 400 and raised.value.param is not None
 
 
+def test_a_user_may_speak_right_after_tool_results() -> None:
+    """The template leaves the outputs open then; so do we."""
+    one = Message("assistant", "", (ToolCall("1", "f", "{}"),))
+    messages = [USER, one, Message("tool", "r", (), "1"), USER]
+    assert render_chat(in_call_order(messages))[-5:] == (
+        "r", Control.OUTPUT_END, Control.USER, "Hi", Control.ASSISTANT,
+    )  # fmt: skip
+
+
 def test_prefix_after_tool_results_follows_them_directly() -> None:
     messages = [
         USER,

@@ -40,13 +40,13 @@ class Service:
     def base(self) -> str:
         return f"{self.url}/v1"
 
-    def rank(self) -> psutil.Process:
-        """The attention rank's process."""
+    def find(self, actor: str) -> psutil.Process:
+        """The process of a Ray actor, by the title that Ray gives it."""
         for process in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if process.cmdline()[:1] == ["ray::Rank"] or "ray::Rank" in process.name():
+                if actor in " ".join(process.cmdline()):
                     return process
-        raise AssertionError("no rank process")
+        raise AssertionError(f"no process of {actor}")
 
 
 def start(model: Path, home: Path) -> Service:
@@ -222,23 +222,35 @@ async def test_streams_equal_plain_answers(service: Service) -> None:
             assert plain.choices[0].message.content == text
 
 
-@pytest.mark.parametrize("how", ["at the start", "in the middle"])
-async def test_kill_9_of_the_rank_changes_no_stream(service: Service, how: str) -> None:
-    """Law 3, with 16 streams."""
+RANK, LEADER = "ray::Rank", "ray::ServeReplica:rayseek:Decode"
+
+
+@pytest.mark.parametrize(
+    ("victim", "number", "progress"),
+    [
+        pytest.param(RANK, signal.SIGKILL, 0, id="rank killed at the start"),
+        pytest.param(RANK, signal.SIGKILL, 20, id="rank killed in the middle"),
+        pytest.param(RANK, signal.SIGSTOP, 20, id="rank hangs"),
+        pytest.param(LEADER, signal.SIGKILL, 20, id="unit's leader killed"),
+    ],
+)
+async def test_no_death_changes_a_stream(
+    service: Service, victim: str, number: signal.Signals, progress: int
+) -> None:
+    """Law 3, with 16 streams: every one completes with the text of an undisturbed run."""
     async with AsyncOpenAI(
         api_key=service.key, base_url=service.base, max_retries=0, timeout=200
     ) as client:
         undisturbed = await asyncio.gather(*(streamed(client, seed) for seed in range(16)))
         pieces: list[list[str]] = [[] for _ in range(16)]
         runs = [asyncio.create_task(streamed(client, s, pieces[s])) for s in range(16)]
-        if how == "in the middle":
-            while min(map(len, pieces)) < 20:
-                await asyncio.sleep(0.005)
-        victim = service.rank()
-        victim.kill()
-        assert not all(run.done() for run in runs), "killed too late to mean anything"
+        while min(map(len, pieces)) < progress:
+            await asyncio.sleep(0.005)
+        process = service.find(victim)
+        process.send_signal(number)
+        assert not all(run.done() for run in runs), "too late to mean anything"
         assert await asyncio.gather(*runs) == undisturbed
-        assert service.rank().pid != victim.pid
+        assert service.find(victim).pid != process.pid
 
 
 async def test_a_stopped_client_is_cancelled_and_a_slow_one_served(service: Service) -> None:

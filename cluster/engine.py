@@ -25,6 +25,7 @@ from rayseek.model.batch import PAGE_TOKENS, Batch
 log = logging.getLogger("rayseek.engine")
 
 WAITING_LOOKAHEAD = 8  # queued requests the scheduler looks at in one step
+MASKS_KEPT = 16  # masks of banned ids; an API needs two or three
 
 
 class Model(Protocol):
@@ -66,7 +67,7 @@ class Engine:
         self.limits = limits
         self.pool = PagePool(limits.num_pages)
         self._undefined = torch.tensor(undefined_ids, dtype=torch.int64)
-        self._mask_V: Tensor | None = None  # 0, or -inf where an id has no token
+        self._masks: dict[tuple[int, ...], Tensor] = {}  # by banned ids
         self._waiting: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
         self._arrivals = 0
@@ -211,10 +212,10 @@ class Engine:
         }
         for r, sequence in enumerate(ready):
             adjust_logits(logits_RV[r], sequence)
-        if self._mask_V is None:
-            self._mask_V = torch.zeros(logits_RV.shape[1])
-            self._mask_V[self._undefined] = -torch.inf
-        logits_RV += self._mask_V
+        banned = [s.request.sampling.banned_ids for s in ready]
+        masks = {ids: self._mask(ids, logits_RV.shape[1]) for ids in set(banned)}
+        shared = len(masks) == 1  # by all rows, as almost always
+        logits_RV += masks[banned[0]] if shared else torch.stack([masks[b] for b in banned])
         ids = sample(logits_RV, [s.draw() for s in ready])
         tokens: list[Token | None] = []
         for r, (sequence, token) in enumerate(zip(ready, ids, strict=True)):
@@ -226,6 +227,18 @@ class Engine:
             else:
                 tokens.append(Token(token))
         return tokens
+
+    def _mask(self, banned: tuple[int, ...], vocab: int) -> Tensor:
+        """float32 [V]: -inf where an id has no token or is banned, else 0. Kept, for few differ."""
+        mask_V = self._masks.get(banned)
+        if mask_V is None:
+            mask_V = torch.zeros(vocab)
+            mask_V[self._undefined] = -torch.inf
+            mask_V[list(banned)] = -torch.inf
+            if len(self._masks) >= MASKS_KEPT:
+                self._masks.clear()
+            self._masks[banned] = mask_V
+        return mask_V
 
     def _commit(self, sequence: Sequence, token: Token | None) -> Delta:
         """Append a sampled token and see whether it was the last."""

@@ -22,8 +22,8 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How the next token is chosen. `temperature` is the model's, after the API's mapping.
 
-    Order of the steps (spec section 6.1): penalties, logit bias, mask of undefined ids, then
-    temperature, top-k, top-p, min-p, and a draw by Gumbel noise from (seed, position, id).
+    Order of the steps (spec section 6.1): penalties, logit bias, mask of undefined and banned ids,
+    then temperature, top-k, top-p, min-p, and a draw by Gumbel noise from (seed, position, id).
     """
 
     max_tokens: int
@@ -35,6 +35,7 @@ class SamplingParams:
     presence_penalty: float = 0.0  # on emitted tokens, once
     repetition_penalty: float = 1.0  # on prompt and emitted tokens
     logit_bias: tuple[tuple[int, float], ...] = ()
+    banned_ids: tuple[int, ...] = ()  # never sampled, whatever the bias; few different tuples
     seed: int = 0  # uint64; drawn by the ingress when the caller gave none
     stop_token_ids: tuple[int, ...] = ()  # includes EOS unless the caller ignores it
     min_tokens: int = 0  # stop tokens are not sampled before this many

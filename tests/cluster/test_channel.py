@@ -242,7 +242,7 @@ def test_messages_survive_the_wire() -> None:
     params = SamplingParams(
         max_tokens=7, temperature=0.3, top_k=4, top_p=0.9, min_p=0.1, frequency_penalty=-1.0,
         presence_penalty=2.0, repetition_penalty=1.1, logit_bias=((3, -100.0), (9, 0.5)),
-        seed=2**64 - 1, stop_token_ids=(1, 2), min_tokens=2, logprobs=0,
+        seed=2**64 - 1, stop_token_ids=(1, 2), min_tokens=2, logprobs=0, banned_ids=(128806, 2),
     )  # fmt: skip
     request = Request("id", (0, 5, 129279), params, "salt", -3, (4,))
     assert request_of(submit_message(1, request), "id") == request

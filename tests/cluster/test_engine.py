@@ -187,6 +187,20 @@ def test_undefined_ids_are_never_sampled(make_engine: EngineMaker) -> None:
     assert not {t for t, _, _ in tokens_of(collect(engine)["r"])} & undefined
 
 
+def test_banned_ids_are_never_sampled_and_ban_nobody_else(make_engine: EngineMaker) -> None:
+    free = Request("free", (5, 6), sampling(temperature=1.3, max_tokens=30))
+    plain = alone(make_engine, free)
+    banned = tuple(sorted({t for t, _, _ in plain}))
+    bias = tuple((i, 100.0) for i in banned)
+    barred = sampling(temperature=1.3, max_tokens=30, banned_ids=banned, logit_bias=bias)
+    engine = make_engine()
+    engine.submit(free)
+    engine.submit(Request("barred", (5, 6), barred))
+    got = collect(engine)
+    assert tokens_of(got["free"]) == plain
+    assert not {t for t, _, _ in tokens_of(got["barred"])} & set(banned)
+
+
 def test_stop_tokens_end_and_min_tokens_delays_them(make_engine: EngineMaker) -> None:
     plain = [t for t, _, _ in alone(make_engine, Request("r", (5, 6), sampling(max_tokens=20)))]
     stop = plain[3]

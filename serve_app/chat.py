@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 from rayseek.serve_app.answer import Answer, ChatDialect, Head
 from rayseek.serve_app.engine_port import Engine
 from rayseek.serve_app.generation import encode, make_choices
-from rayseek.serve_app.prompt import in_call_order, render_chat
+from rayseek.serve_app.prompt import Message, default_system_prompt, in_call_order, render_chat
 from rayseek.serve_app.protocol import ChatRequest
 from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Tokenizer
@@ -16,7 +18,12 @@ async def chat_answer(
 ) -> Answer:
     """Render, tokenise and set up; nothing runs yet. Raises ApiError (400)."""
     body.check()
-    messages = in_call_order(body.template_messages())
+    messages = in_call_order(body.template_messages(settings.today()))
+    default = default_system_prompt(
+        settings.default_system_prompt, datetime.now(UTC), settings.time_zone
+    )
+    if default is not None and not any(message.role == "system" for message in messages):
+        messages.insert(0, Message("system", default))
     prompt = render_chat(messages, tools=body.template_tools())
     ids = await encode(tokenizer, [prompt])
     head = Head(body.model, settings)

@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
+from zoneinfo import ZoneInfo
 
 from rayseek.serve_app.errors import ApiError, bad_request
 from rayseek.serve_app.tokenizer import Control, Prompt
+from rayseek.serve_app.vendor_prompts import system_prompt
 
 Role = Literal["system", "user", "assistant", "tool"]
 DEFAULT_SYSTEM = "You are a helpful Assistant."
@@ -108,6 +111,16 @@ def render_chat(
     if prefix is not None:
         out.write(prefix)
     return out.prompt()
+
+
+def default_system_prompt(choice: str, now: datetime, time_zone: str) -> str | None:
+    """What the operator chose (spec 6.2): `none`, `deepseek`, or a text of their own.
+
+    `now` must know its zone; DeepSeek's prompt has the day that it is in `time_zone`.
+    """
+    if choice == "deepseek":
+        return system_prompt(now.astimezone(ZoneInfo(time_zone)).date())
+    return None if choice == "none" else choice
 
 
 def render_fim(prefix: str, suffix: str) -> Prompt:

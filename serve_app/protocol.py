@@ -7,20 +7,27 @@ ignored; `user`, `metadata`, `reasoning_effort` and their like are unknown field
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import date
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, ValidationError
 
+from rayseek.serve_app.attachments import (
+    MAX_FILES,
+    AttachedFile,
+    Content,
+    Parts,
+    WebSearchResults,
+    attach,
+)
 from rayseek.serve_app.errors import bad_request, from_validation
 from rayseek.serve_app.prompt import Message, ToolCall
+from rayseek.serve_app.strict import StrictBody, wrong
+from rayseek.serve_app.vendor_prompts import file_prompt
 
 MAX_STOPS, MAX_STOP_CHARS = 16, 1024
 INT64 = 2**63
-
-
-def _wrong(message: str) -> PydanticCustomError:
-    return PydanticCustomError("value_error", "{message}", {"message": message})
 
 
 def _refused(why: str) -> BeforeValidator:
@@ -28,24 +35,9 @@ def _refused(why: str) -> BeforeValidator:
 
     def check(value: object) -> None:
         if value is not None:
-            raise _wrong(why)
+            raise wrong(why)
 
     return BeforeValidator(check)
-
-
-def _join_parts(value: object) -> object:
-    """Message content as one string: a list of text parts is joined with nothing between."""
-    if not isinstance(value, list):
-        return value
-    texts: list[str] = []
-    for index, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise _wrong(f"part {index} is of type {kind!r}; this model takes only 'text' parts")
-        if not isinstance(part.get("text"), str):
-            raise _wrong(f"part {index} has no string 'text'")
-        texts.append(part["text"])
-    return "".join(texts)
 
 
 def _stop_list(value: object) -> object:
@@ -53,9 +45,9 @@ def _stop_list(value: object) -> object:
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         return stops
     if len(stops) > MAX_STOPS:
-        raise _wrong(f"at most {MAX_STOPS} stop strings are allowed, not {len(stops)}")
+        raise wrong(f"at most {MAX_STOPS} stop strings are allowed, not {len(stops)}")
     if not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
-        raise _wrong(f"each stop string must have 1 to {MAX_STOP_CHARS} characters")
+        raise wrong(f"each stop string must have 1 to {MAX_STOP_CHARS} characters")
     return stops
 
 
@@ -72,23 +64,22 @@ def _prompts(value: object) -> object:
             isinstance(item, list) and item and all(type(i) is int for i in item) for item in value
         ):
             return value
-    raise _wrong("must be a string, a list of token ids, or a list of either")
+    raise wrong("must be a string, a list of token ids, or a list of either")
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
-
-
-class StreamOptions(_Body):
+class StreamOptions(StrictBody):
     include_usage: bool | None = None
 
 
-class GenerationFields(_Body):
+class GenerationFields(StrictBody):
     """What chat and plain completions share."""
 
     model: str
     temperature: float | None = Field(
         None, ge=0, le=2, description="0 to 2, by default 1, which is the model's 0.3."
+    )
+    temperature_scale: Literal["api", "model"] | None = Field(
+        None, description="model: the temperature is the model's own; nothing is mapped."
     )
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = None
@@ -110,7 +101,9 @@ class GenerationFields(_Body):
     stop_token_ids: list[int] | None = Field(None, max_length=128)
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    include_stop_str_in_output: bool | None = None
+    include_stop_str_in_output: bool | None = Field(
+        None, validation_alias=AliasChoices("include_stop_str_in_output", "no_stop_trim")
+    )
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
 
@@ -128,20 +121,20 @@ class GenerationFields(_Body):
         return self.max_tokens
 
 
-class CalledFunction(_Body):
+class CalledFunction(StrictBody):
     name: str
     arguments: str
 
 
-class CalledTool(_Body):
+class CalledTool(StrictBody):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ChatMessage(_Body):
+class ChatMessage(StrictBody):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(_join_parts)] = None
+    content: Content = None
     tool_calls: list[CalledTool] | None = None
     tool_call_id: str | None = None
     prefix: bool | None = None
@@ -149,7 +142,12 @@ class ChatMessage(_Body):
     def to_message(self, where: str) -> Message:
         """The template's message. Raises ApiError for what this role must have and lacks."""
         role = "system" if self.role == "developer" else self.role
-        if role != "assistant" and self.content is None:
+        content = self.content
+        if isinstance(content, Parts):
+            if role != "user":
+                raise bad_request(f"a {role} message has no files", param=f"{where}.content")
+            content = file_prompt(content.files, content.text)
+        if role != "assistant" and content is None:
             raise bad_request(f"{where}.content: Field required", param=f"{where}.content")
         if role == "tool" and self.tool_call_id is None:
             raise bad_request(
@@ -161,22 +159,22 @@ class ChatMessage(_Body):
             ToolCall(call.id, call.function.name, call.function.arguments)
             for call in self.tool_calls or ()
         )
-        return Message(role, self.content, calls, self.tool_call_id, bool(self.prefix))
+        return Message(role, content, calls, self.tool_call_id, bool(self.prefix))
 
 
-class Function(_Body):
+class Function(StrictBody):
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(_Body):
+class Tool(StrictBody):
     type: Literal["function"]
     function: Function
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(StrictBody):
     type: Literal["text", "json_object", "json_schema"]
 
 
@@ -190,6 +188,12 @@ class ChatRequest(GenerationFields):
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     continue_final_message: bool | None = None
+    files: list[AttachedFile] | None = Field(
+        None, max_length=MAX_FILES, description="Text files for the last user message."
+    )
+    web_search_results: WebSearchResults | None = Field(
+        None, description="Pages for the last user message, to be cited as [citation:X]."
+    )
     modalities: list[Literal["text"]] | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
@@ -203,14 +207,21 @@ class ChatRequest(GenerationFields):
         given = self.max_completion_tokens
         return self.max_tokens if given is None else given
 
-    def template_messages(self) -> list[Message]:
+    def template_messages(self, today: date) -> list[Message]:
+        """What the template renders, with files and search results in place. Raises ApiError."""
         messages = [m.to_message(f"messages[{i}]") for i, m in enumerate(self.messages)]
         if self.continue_final_message:
-            last = messages[-1]
-            messages[-1] = Message(
-                last.role, last.content, last.tool_calls, last.tool_call_id, prefix=True
-            )
-        return messages
+            if messages[-1].role != "assistant":
+                raise bad_request(
+                    "continue_final_message needs a last message of role assistant",
+                    param="continue_final_message",
+                )
+            messages[-1] = replace(messages[-1], prefix=True)
+        asked = next((m.content for m in reversed(self.messages) if m.role == "user"), "")
+        question = asked.text if isinstance(asked, Parts) else asked
+        return attach(
+            messages, self.files or (), self.web_search_results, question=question, today=today
+        )
 
     def template_tools(self) -> list[dict[str, Any]]:
         """Function objects as the prompt shows them: without wrapper, `strict` and nulls."""

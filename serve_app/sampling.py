@@ -12,10 +12,15 @@ from rayseek.serve_app.settings import ApiSettings, TemperatureMapping
 from rayseek.serve_app.tokenizer import Tokenizer
 
 
-def model_temperature(api: float | None, mapping: TemperatureMapping) -> float:
-    """DeepSeek's rule of the V3-0324 card: 0..1 -> x 0.3, above 1 -> - 0.7; missing = 1.0."""
+def model_temperature(
+    api: float | None, mapping: TemperatureMapping, scale: str | None = None
+) -> float:
+    """DeepSeek's rule of the V3-0324 card: 0..1 -> x 0.3, above 1 -> - 0.7; missing = 1.0.
+
+    With `scale` "model" the caller gave the model's own.
+    """
     asked = 1.0 if api is None else float(api)
-    if mapping == "none":
+    if mapping == "none" or (api is not None and scale == "model"):
         return asked
     return asked * 0.3 if asked <= 1 else asked - 0.7
 
@@ -71,7 +76,9 @@ def sampling_params(
         )
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=model_temperature(body.temperature, settings.temperature_mapping),
+        temperature=model_temperature(
+            body.temperature, settings.temperature_mapping, body.temperature_scale
+        ),
         top_k=max(0, body.top_k or 0),
         top_p=_or(body.top_p, 1.0),
         min_p=_or(body.min_p, 0.0),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from datetime import date, datetime
 from typing import Literal
+from zoneinfo import ZoneInfo
 
 TemperatureMapping = Literal["deepseek", "none"]
 
@@ -25,12 +27,22 @@ class ApiSettings:
     keep_alive_s: float = 10.0  # a silent stream sends a comment this often
     ready_window_s: float = 30.0  # a token this fresh proves readiness
     probe_timeout_s: float = 10.0  # how long a probe token may take
+    default_system_prompt: str = "none"  # none, deepseek, or a text; for callers who send none
+    page_system_prompt: str = "deepseek"  # the same, of the chat page
+    time_zone: str = "Asia/Shanghai"  # of the date in DeepSeek's system prompt
+    public_url: str | None = None  # where the service is reached from outside, without /v1
+    dashboard_url: str | None = None
+    local_key: str | None = None  # shown to viewers on the machine of a loopback-only service
     fingerprint: str = "fp_rayseek"
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         if not self.api_keys:
             raise ValueError("api_keys is empty: the API would answer nobody")
+
+    def today(self) -> date:
+        """The day it is where the model's users are."""
+        return datetime.now(ZoneInfo(self.time_zone)).date()
 
     @property
     def models(self) -> tuple[str, ...]:

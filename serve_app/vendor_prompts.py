@@ -30,9 +30,10 @@ FILE_BLOCK, _, _ = TEMPLATES["file"].rpartition("{question}")
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 WEEKDAYS = "一二三四五六日"
-MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
+MONTHS = (  # strftime would write them in the process's language
+    "January", "February", "March", "April", "May", "June", "July", "August", "September",
+    "October", "November", "December",
+)  # fmt: skip
 HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 KANA_OR_HANGUL = re.compile(r"[\u3040-\u30ff\uac00-\ud7af]")
 LATIN_WORD = re.compile(r"[A-Za-zÀ-ɏ]+")

@@ -178,9 +178,9 @@ class Pool {  // threads that sleep until a call has enough independent work to 
         Tiles tiles;
         for (long i; (i = next.fetch_add(1)) < tasks;) (*job)(i);
     }
-    void work() {
+    void work(long seen) {  // seen: the generation when it was made, maybe long before it runs
         std::unique_lock<std::mutex> hold(lock);
-        for (long seen = generation;;) {
+        for (;;) {
             wake.wait(hold, [&] { return stopping || generation != seen; });
             if (stopping) return;
             seen = generation;
@@ -204,7 +204,7 @@ public:
         for (auto& w : workers) w.join();
         workers.clear();
         stopping = false;
-        for (int i = 1; i < n; i++) workers.emplace_back([this] { work(); });
+        for (int i = 1; i < n; i++) workers.emplace_back([this, now = generation] { work(now); });
     }
     void run(long count, const std::function<void(long)>& fn) {
         std::unique_lock<std::mutex> mine(busy, std::defer_lock);

@@ -418,15 +418,17 @@ static void multiply(const Packed& w, long h, long first, long m, const Output& 
     if (use_amx) {
         const u16* a = scratch<u16>(TILES, 0);
         long panel = kt * w.planes * 512, ahead = panel > 64 * 512 ? 8 * 512 : 2 * panel;
-        for (long n = 0; n < nt; n += 2)
-            for (long i = 0; i < m; i += 2 * TOKENS) {
-                const u16 *ai = a + i / TOKENS * kt * 512, *b = data + n * panel;
-                const float* s = scale ? scale + n * 16 : nullptr;
-                bool tall = m - i > TOKENS, wide = n + 1 < nt;
-                auto block = tall ? (wide ? amx_block<2, 2> : amx_block<2, 1>)
-                                  : (wide ? amx_block<1, 2> : amx_block<1, 1>);
-                block(ai, b, s, w, first + i, m - i, n * 16, i ? 0 : ahead, out);
-            }
+        long some = std::max(2l, 128 * 1024 / panel / 2 * 2);  // tile columns: 256 KiB, kept in L2
+        for (long n0 = 0; n0 < nt; n0 += some)
+            for (long i = 0; i < m; i += 2 * TOKENS)
+                for (long n = n0; n < std::min(n0 + some, nt); n += 2) {
+                    const u16 *ai = a + i / TOKENS * kt * 512, *b = data + n * panel;
+                    const float* s = scale ? scale + n * 16 : nullptr;
+                    bool tall = m - i > TOKENS, wide = n + 1 < nt;
+                    auto block = tall ? (wide ? amx_block<2, 2> : amx_block<2, 1>)
+                                      : (wide ? amx_block<1, 2> : amx_block<1, 1>);
+                    block(ai, b, s, w, first + i, m - i, n * 16, i ? 0 : ahead, out);
+                }
         return;
     }
 #endif
@@ -672,10 +674,11 @@ static void amx_attention(const Attention& s, const int32_t* table, long row0, l
                 for (int r = 0; r < 16; r++, to++) *to = madd(*to, all(shrink[r]), from[r]);
         }
     }
-    for (long i = 0; i < rows; i++)
+    for (long i = 0; i < rows; i++) {
+        v16 *from = o + i / 16 * 16 * ct + i % 16, inverse = all(1.f / state[i / 16 * 2 + 1][i % 16]);
         for (long c = 0; c < s.C; c += 16)
-            store_n(s.out + (row0 + i) * s.C + c,
-                    o[i / 16 * 16 * ct + c + i % 16] / state[i / 16 * 2 + 1][i % 16], s.C - c);
+            store_n(s.out + (row0 + i) * s.C + c, from[c] * inverse, s.C - c);
+    }
 }
 #endif
 

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import grpc
 import grpc.aio
@@ -40,6 +41,7 @@ class RankAddress:
     target: str  # host:port
 
 
+News: TypeAlias = Update | int | None  # an update, one more token, or the end of the stream
 Discover = Callable[[], Awaitable[list[RankAddress]]]
 
 
@@ -75,7 +77,7 @@ class RankChannel:
         self.address = address
         self.load = Load()
         self.alive = False
-        self._inboxes: dict[int, asyncio.Queue[Update | None]] = {}
+        self._inboxes: dict[int, asyncio.Queue[News]] = {}
         self._next_handle = 0
         self._outgoing: asyncio.Queue[ToRank | None] = asyncio.Queue()
         self._channel = grpc.aio.insecure_channel(address.target, options=CHANNEL_OPTIONS)
@@ -87,7 +89,7 @@ class RankChannel:
         """Smaller is better: requests of ours there and its queue, then the pages it holds."""
         return len(self._inboxes) + self.load.waiting, self.load.pages_held
 
-    def submit(self, request: Request) -> tuple[int, asyncio.Queue[Update | None]]:
+    def submit(self, request: Request) -> tuple[int, asyncio.Queue[News]]:
         self._next_handle += 1
         handle = self._next_handle
         inbox = self._inboxes[handle] = asyncio.Queue()
@@ -106,6 +108,11 @@ class RankChannel:
             await self._reader
         await self._channel.close()
 
+    def _pass_on(self, handle: int, news: News) -> None:
+        inbox = self._inboxes.get(handle)
+        if inbox is not None:
+            inbox.put_nowait(news)
+
     async def _write(self) -> AsyncIterator[ToRank]:
         while (message := await self._outgoing.get()) is not None:
             yield message
@@ -122,10 +129,10 @@ class RankChannel:
                     self.alive = True
                     self.ready.set()
                 self.load = frame.load
+                for handle, token in zip(frame.handles, frame.ids, strict=True):
+                    self._pass_on(handle, token)
                 for update in frame.updates:
-                    inbox = self._inboxes.get(update.handle)
-                    if inbox is not None:
-                        inbox.put_nowait(update)
+                    self._pass_on(update.handle, update)
         except grpc.aio.AioRpcError as error:
             log.warning("rank %s lost: %s", self.address.name, error.details())
         finally:
@@ -202,22 +209,19 @@ class Dispatcher:
         handle, inbox = channel.submit(entry.continuation())
         finished = False
         try:
-            while True:
-                update = await inbox.get()
-                if update is None:
-                    raise RankLost(channel.address.name)
-                finished = update.finish != 0
-                delta = delta_of(update, entry.request.id)
-                while not finished and not inbox.empty():  # a slow reader catches up in one go
-                    update = inbox.get_nowait()
-                    if update is None:
-                        inbox.put_nowait(None)
+            while not finished:
+                news = await inbox.get()
+                delta: Delta | None = None
+                while news is not None:
+                    more, finished = _read(news, entry.request.id)
+                    delta = more if delta is None else _merge(delta, more)
+                    if finished or inbox.empty():  # else a slow reader catches up in one go
                         break
-                    finished = update.finish != 0
-                    delta = _merge(delta, delta_of(update, entry.request.id))
-                yield entry.record(delta)
-                if finished:
-                    return
+                    news = inbox.get_nowait()
+                if delta is not None:
+                    yield entry.record(delta)
+                if news is None:
+                    raise RankLost(channel.address.name)
         finally:
             channel.forget(handle, finished)
 
@@ -278,6 +282,13 @@ class Dispatcher:
         if new:
             async with self._changed:
                 self._changed.notify_all()
+
+
+def _read(news: Update | int, request_id: str) -> tuple[Delta, bool]:
+    """A piece of news as a delta, and whether it is the last."""
+    if isinstance(news, int):
+        return Delta(request_id, (Token(news),)), False
+    return delta_of(news, request_id), news.finish != 0
 
 
 def _merge(first: Delta, second: Delta) -> Delta:

@@ -36,7 +36,7 @@ class Rank:
         loop = asyncio.get_running_loop()
         engine = await loop.run_in_executor(None, _load, self._path, self._settings)
         self._server = RankServer(engine)
-        port = await self._server.start(host)
+        port = self._server.start(host)
         return RankAddress(self._name, f"{host}:{port}")
 
     async def pulse(self) -> Pulse:

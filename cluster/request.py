@@ -60,6 +60,7 @@ class Request:
     cache_salt: str = ""  # requests share cached pages only under the same salt
     priority: int = 0  # lower runs first
     emitted_ids: tuple[int, ...] = ()
+    grammar: str = ""  # what the answer must match (cluster/grammar.py); "": anything
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ def submit_message(handle: int, request: Request) -> Submit:
         emitted_ids=request.emitted_ids,
         cache_salt=request.cache_salt,
         priority=request.priority,
+        grammar=request.grammar,
         sampling=Sampling(
             max_tokens=p.max_tokens,
             temperature=p.temperature,
@@ -68,6 +69,7 @@ def request_of(message: Submit, request_id: str) -> Request:
         emitted_ids=tuple(message.emitted_ids),
         cache_salt=message.cache_salt,
         priority=message.priority,
+        grammar=message.grammar,
         sampling=SamplingParams(
             max_tokens=s.max_tokens,
             temperature=s.temperature,

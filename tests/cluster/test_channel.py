@@ -78,13 +78,13 @@ class Cluster:
 
             engine.model = model
         server = RankServer(engine)
-        port = await server.start("127.0.0.1")
+        port = server.start("127.0.0.1")
         address = RankAddress(f"rank-{port}", f"127.0.0.1:{port}")
         self.servers[address] = server
         return address
 
     async def kill_rank(self, address: RankAddress) -> None:
-        await self.servers.pop(address).stop()
+        await asyncio.to_thread(self.servers.pop(address).stop)
 
     async def tokens(self, request: Request, on_token: Callable[[], None] = lambda: None) -> Any:
         found: list[Token] = []

@@ -9,6 +9,7 @@ import torch
 
 from rayseek.cluster.config import EngineSettings
 from rayseek.cluster.engine import Engine, EngineLimits
+from rayseek.cluster.grammar import GrammarCompiler, grammar_vocabulary
 from rayseek.cluster.pages import pages_for
 from rayseek.cluster.scheduler import Limits
 from rayseek.kernels.select import choose_ops
@@ -63,4 +64,10 @@ def build_engine(path: Path, settings: EngineSettings) -> Engine:
     model = Transformer(config, weights, ops, limits.context)
     pages = limits.num_pages
     log.info("KV cache: %d pages, %d tokens", pages, pages * PAGE_TOKENS)
-    return Engine(CachedModel(model, pages), limits, undefined_ids(path, config.vocab_size))
+    vocabulary = grammar_vocabulary(path, config.vocab_size, config.eos_token_id)
+    return Engine(
+        CachedModel(model, pages),
+        limits,
+        undefined_ids(path, config.vocab_size),
+        GrammarCompiler(vocabulary),
+    )

@@ -15,17 +15,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rayseek.cluster.grammar import GrammarCompiler
+from rayseek.cluster.next_token import TokenChooser
 from rayseek.cluster.pages import PagePool
 from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused, Token
 from rayseek.cluster.scheduler import Limits, Plan, SequenceView, plan_step
 from rayseek.cluster.sequence import Sequence
-from rayseek.kernels.sample import sample, top_logprobs
 from rayseek.model.batch import PAGE_TOKENS, Batch
 
 log = logging.getLogger("rayseek.engine")
 
 WAITING_LOOKAHEAD = 8  # queued requests the scheduler looks at in one step
-MASKS_KEPT = 16  # masks of banned ids; an API needs two or three
+GRAMMAR_PATIENCE_S = 0.005  # an engine with nothing else to do looks at its inbox so often
 
 
 class Model(Protocol):
@@ -59,15 +60,23 @@ class Engine:
     """Continuous batching over one model and one page pool.
 
     undefined_ids: token ids that have logits but no token; they are never sampled (spec 5.1).
+    grammars: without it, requests that carry a grammar are refused.
     """
 
-    def __init__(self, model: Model, limits: EngineLimits, undefined_ids: list[int]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        limits: EngineLimits,
+        undefined_ids: list[int],
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
         assert limits.num_pages * PAGE_TOKENS >= limits.context, "a context must fit the pages"
         self.model = model
         self.limits = limits
         self.pool = PagePool(limits.num_pages)
-        self._undefined = torch.tensor(undefined_ids, dtype=torch.int64)
-        self._masks: dict[tuple[int, ...], Tensor] = {}  # by banned ids
+        self.chooser = TokenChooser(undefined_ids)
+        self._grammars = grammars
+        self._compiling: dict[str, Sequence] = {}  # not in the queue until their grammar is there
         self._waiting: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
         self._arrivals = 0
@@ -87,18 +96,28 @@ class Engine:
                 f"({request.sampling.max_tokens}) exceed the context of {self.limits.context}",
                 retryable=False,
             )
-        if len(self._waiting) >= self.limits.max_queue:
+        queued = len(self._waiting) + len(self._compiling)
+        if queued >= self.limits.max_queue:
             raise RequestRefused(
-                f"{len(self._waiting)} requests are queued already, the most this engine keeps "
+                f"{queued} requests are queued already, the most this engine keeps "
                 "(engine.max_queue); try again later"
             )
-        if request.id in self._waiting or request.id in self._running:
+        if any(request.id in d for d in (self._compiling, self._waiting, self._running)):
             raise RequestRefused(f"request id {request.id} is in use", retryable=False)
         self._arrivals += 1
-        self._waiting[request.id] = Sequence.start(request, self._arrivals)
+        sequence = Sequence.start(request, self._arrivals)
+        if not request.grammar:
+            self._waiting[request.id] = sequence
+        elif self._grammars is None:
+            raise RequestRefused("this engine has no grammars", retryable=False)
+        else:
+            self._grammars.start(request.id, request.grammar, request.emitted_ids)
+            self._compiling[request.id] = sequence
 
     def cancel(self, request_id: str) -> None:
         """Forget a request and free its pages; unknown ids are fine (it may just have ended)."""
+        if self._compiling.pop(request_id, None) and self._grammars:
+            self._grammars.cancel(request_id)
         self._waiting.pop(request_id, None)
         sequence = self._running.pop(request_id, None)
         if sequence is not None:
@@ -106,14 +125,14 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self._running or self._compiling)
 
     @property
     def load(self) -> Load:
         queued = sum(len(s.ids) - s.computed for s in self._waiting.values())
         return Load(
             running=len(self._running),
-            waiting=len(self._waiting),
+            waiting=len(self._waiting) + len(self._compiling),
             pages_held=sum(len(s.pages) for s in self._running.values()),
             pages_total=self.pool.num_pages,
             prompt_tokens_queued=queued,
@@ -124,24 +143,40 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Delta]:
         """Run one step for whoever can run; returns what it brought each request."""
+        deltas = self._take_compiled() if self._compiling else []
         plan = self._plan()
         self._carry_out(plan)
         rows = [(self._running[key], count) for key, count in plan.chunks]
         if not rows:
-            return []
+            return deltas
         self.steps += 1
         try:
-            return self._forward(rows)
+            return deltas + self._forward(rows)
         except Exception:
             log.exception("step %d failed; running its %d sequences alone", self.steps, len(rows))
         # Nothing was committed, and the cache slots are simply written again: find the culprit.
-        deltas: list[Delta] = []
         for row in rows:
             try:
                 deltas += self._forward([row])
             except Exception as error:
                 log.exception("request %s failed", row[0].request.id)
                 deltas.append(self._end(row[0], (), FinishReason.ERROR, repr(error)))
+        return deltas
+
+    def _take_compiled(self) -> list[Delta]:
+        """Queue the sequences whose grammar is ready; end those whose grammar never will be."""
+        assert self._grammars is not None
+        idle = not (self._waiting or self._running)
+        deltas: list[Delta] = []
+        for key, outcome in self._grammars.finished(GRAMMAR_PATIENCE_S if idle else 0):
+            sequence = self._compiling.pop(key)
+            if isinstance(outcome, str):
+                deltas.append(Delta(key, (), FinishReason.ERROR, None, outcome))
+            elif outcome.is_stopped():  # it was interrupted after its last token
+                deltas.append(Delta(key, (), FinishReason.STOP))
+            else:
+                sequence.matcher = outcome
+                self._waiting[key] = sequence
         return deltas
 
     def _plan(self) -> Plan:
@@ -190,9 +225,11 @@ class Engine:
             [s.pages for s, _ in rows],
             [s.computed + count == len(s.ids) for s, count in rows],
         )
-        logits_RV = self.model(batch)
         ready = [s for s, count in rows if s.computed + count == len(s.ids)]
-        tokens = self._sample(ready, logits_RV) if ready else []
+        matchers = [s.matcher for s in ready if s.matcher is not None]
+        masks = self._grammars.masks(matchers) if self._grammars and matchers else None
+        logits_RV = self.model(batch)  # the masks are made meanwhile
+        tokens = self.chooser.choose(ready, logits_RV, masks) if ready else []
 
         # Everything that can fail is behind us: commit.
         for sequence, count in rows:
@@ -202,50 +239,16 @@ class Engine:
                 self.pool.publish(sequence.pages[page], sequence.hashes[page])
         return [self._commit(s, token) for s, token in zip(ready, tokens, strict=True)]
 
-    def _sample(self, ready: list[Sequence], logits_RV: Tensor) -> list[Token | None]:
-        """One token per row of logits; None where the row has no finite logits."""
-        finite = torch.isfinite(logits_RV.sum(dim=1)).tolist()
-        raw = {
-            r: logits_RV[r].clone()
-            for r, s in enumerate(ready)
-            if s.request.sampling.logprobs is not None
-        }
-        for r, sequence in enumerate(ready):
-            adjust_logits(logits_RV[r], sequence)
-        banned = [s.request.sampling.banned_ids for s in ready]
-        masks = {ids: self._mask(ids, logits_RV.shape[1]) for ids in set(banned)}
-        shared = len(masks) == 1  # by all rows, as almost always
-        logits_RV += masks[banned[0]] if shared else torch.stack([masks[b] for b in banned])
-        ids = sample(logits_RV, [s.draw() for s in ready])
-        tokens: list[Token | None] = []
-        for r, (sequence, token) in enumerate(zip(ready, ids, strict=True)):
-            if not finite[r]:
-                tokens.append(None)
-            elif r in raw:
-                logprob, top = top_logprobs(raw[r], token, sequence.request.sampling.logprobs or 0)
-                tokens.append(Token(token, logprob, tuple(top)))
-            else:
-                tokens.append(Token(token))
-        return tokens
-
-    def _mask(self, banned: tuple[int, ...], vocab: int) -> Tensor:
-        """float32 [V]: -inf where an id has no token or is banned, else 0. Kept, for few differ."""
-        mask_V = self._masks.get(banned)
-        if mask_V is None:
-            mask_V = torch.zeros(vocab)
-            mask_V[self._undefined] = -torch.inf
-            mask_V[list(banned)] = -torch.inf
-            if len(self._masks) >= MASKS_KEPT:
-                self._masks.clear()
-            self._masks[banned] = mask_V
-        return mask_V
-
-    def _commit(self, sequence: Sequence, token: Token | None) -> Delta:
+    def _commit(self, sequence: Sequence, token: Token | str) -> Delta:
         """Append a sampled token and see whether it was the last."""
         params = sequence.request.sampling
-        if token is None:
-            return self._end(sequence, (), FinishReason.ERROR, "the model's logits are not finite")
+        if isinstance(token, str):
+            return self._end(sequence, (), FinishReason.ERROR, token)
         stop = token.id in params.stop_token_ids
+        if sequence.matcher is not None and not stop:
+            if not sequence.matcher.consume_token(token.id):
+                return self._end(sequence, (), FinishReason.ERROR, sequence.grammar_error())
+            stop = sequence.matcher.is_stopped()
         sequence.append(token.id)
         if stop or sequence.num_emitted >= params.max_tokens:
             return self._end(sequence, (token,), FinishReason.STOP if stop else FinishReason.LENGTH)
@@ -263,29 +266,6 @@ class Engine:
             self.pool.retract(sequence.pages)
         self.pool.release(sequence.pages)
         return Delta(sequence.request.id, tokens, finish, sequence.cached_tokens, error)
-
-
-def adjust_logits(logits_V: Tensor, sequence: Sequence) -> None:
-    """Penalties, then logit bias, then stop tokens barred before min_tokens (spec 6.1), in place.
-
-    Frequency and presence count emitted tokens; repetition also counts the prompt.
-    """
-    p = sequence.request.sampling
-    if p.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.ids)), dtype=torch.int64)
-        values = logits_V[seen]
-        logits_V[seen] = torch.where(
-            values > 0, values / p.repetition_penalty, values * p.repetition_penalty
-        )
-    if sequence.counts and (p.frequency_penalty or p.presence_penalty):
-        ids = torch.tensor(list(sequence.counts), dtype=torch.int64)
-        counts = torch.tensor(list(sequence.counts.values()), dtype=torch.float32)
-        logits_V[ids] -= counts * p.frequency_penalty + p.presence_penalty
-    if p.logit_bias:
-        ids = torch.tensor([i for i, _ in p.logit_bias], dtype=torch.int64)
-        logits_V[ids] += torch.tensor([bias for _, bias in p.logit_bias])
-    if sequence.num_emitted < p.min_tokens and p.stop_token_ids:
-        logits_V[torch.tensor(p.stop_token_ids, dtype=torch.int64)] = -torch.inf
 
 
 def run_to_end(engine: Engine, on_delta: Callable[[Delta], None]) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from llguidance import LLMatcher
+
+from rayseek.cluster.grammar import reason
 from rayseek.cluster.pages import chain_root, page_hash
 from rayseek.cluster.request import Request
 from rayseek.kernels.sample import Draw
@@ -22,6 +25,7 @@ class Sequence:
     hashes: list[bytes] = field(default_factory=list)  # of the full pages of `ids`
     cached_tokens: int | None = None  # prompt tokens the first prefill skipped
     counts: dict[int, int] = field(default_factory=dict)  # emitted tokens, for penalties
+    matcher: LLMatcher | None = None  # has consumed the emitted tokens; None: no grammar
 
     @staticmethod
     def start(request: Request, arrival: int) -> Sequence:
@@ -43,6 +47,16 @@ class Sequence:
     def chain(self) -> list[bytes]:
         """Addresses of the pages a prefix match may use: the last token is always recomputed."""
         return self.hashes[: (len(self.ids) - 1) // PAGE_TOKENS]
+
+    @property
+    def grammar_over(self) -> bool:
+        """Nothing but the end may follow."""
+        return self.matcher is not None and self.matcher.is_stopped()
+
+    def grammar_error(self) -> str | None:
+        if self.matcher is None or not self.matcher.is_error():
+            return None
+        return f"the grammar cannot be followed any further: {reason(self.matcher)}"
 
     def append(self, token: int) -> None:
         self.ids.append(token)

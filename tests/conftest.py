@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rayseek.cluster.engine import Engine, EngineLimits
+from rayseek.cluster.grammar import GrammarCompiler, grammar_vocabulary
 from rayseek.cluster.scheduler import Limits
 from rayseek.kernels.select import choose_ops
 from rayseek.model.checkpoint import Checkpoint
@@ -50,6 +51,7 @@ EngineMaker = Callable[..., Engine]
 def make_engine(tiny_model: Transformer, tiny_path: Path) -> EngineMaker:
     """Engines over one set of weights, each with a page pool of its own."""
     undefined = undefined_ids(tiny_path, TINY.vocab_size)
+    vocabulary = grammar_vocabulary(tiny_path, TINY.vocab_size, TINY.eos_token_id)
 
     def make(
         pages: int = 64,
@@ -58,6 +60,8 @@ def make_engine(tiny_model: Transformer, tiny_path: Path) -> EngineMaker:
         step: Limits = STEP,
     ) -> Engine:
         limits = EngineLimits(pages, context, max_queue, step)
-        return Engine(CachedModel(tiny_model, pages), limits, undefined)
+        return Engine(
+            CachedModel(tiny_model, pages), limits, undefined, GrammarCompiler(vocabulary)
+        )
 
     return make

@@ -25,6 +25,14 @@ FEW = settings(
 EOS = 1
 
 
+GRAMMARS = (
+    'start: j\nj: %json {"type": "object"}',
+    "start: /[a-c]+(xy|yz)*/",
+    "start: WORDS? calls\nWORDS: /(.|\\n)+/\n"
+    'calls: "{" a "}"\na: %json {"enum": [[1, "two"], null]}',
+)
+
+
 def prompt_of(seed: int, length: int) -> tuple[int, ...]:
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randint(3, 300, (length,), generator=generator).tolist())
@@ -55,7 +63,8 @@ def requests(draw: st.DrawFn) -> list[Request]:
         )
         priority = draw(st.integers(-1, 1))
         salt = draw(st.sampled_from(["", "", "salt"]))
-        found.append(Request(f"r{number}", shared + own, params, salt, priority))
+        grammar = draw(st.sampled_from(["", "", *GRAMMARS]))
+        found.append(Request(f"r{number}", shared + own, params, salt, priority, grammar=grammar))
     return found
 
 
@@ -180,7 +189,7 @@ def test_preemption_happens_and_changes_nothing(make_engine: EngineMaker) -> Non
 
 def test_undefined_ids_are_never_sampled(make_engine: EngineMaker) -> None:
     engine = make_engine()
-    undefined = set(engine._undefined.tolist())
+    undefined = set(engine.chooser.undefined.tolist())
     assert undefined, "the tiny model has ids without a token"
     bias = tuple((i, 100.0) for i in sorted(undefined))
     engine.submit(Request("r", (5, 6), sampling(temperature=1.3, max_tokens=50, logit_bias=bias)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from json.encoder import encode_basestring
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from rayseek.serve_app.engine_port import Engine
 from rayseek.serve_app.generation import Choice, OutToken, Pieces, run, usage
 from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Tokenizer
+from rayseek.serve_app.tool_calls import CallArguments, CallEvent, CallHeader
 
 LOWEST_LOGPROB = -9999.0
 DONE = b"data: [DONE]\n\n"
@@ -72,8 +73,11 @@ class Dialect(Protocol):
     def opening(self, choice: Choice) -> str | None:
         """The same of a choice's first chunk, if the dialect has one."""
 
-    def result(self, choice: Choice, text: str) -> dict[str, Any]:
-        """The part of a whole choice that carries its text."""
+    def call_deltas(self, calls: Iterable[CallEvent]) -> list[str]:
+        """The same for tool calls, one chunk each."""
+
+    def result(self, choice: Choice, text: str, calls: Iterable[CallEvent]) -> dict[str, Any]:
+        """The part of a whole choice that carries its text and calls."""
 
     def logprobs(self, tokens: Sequence[OutToken]) -> Any: ...
 
@@ -100,19 +104,21 @@ class Answer:
         """The whole answer. Raises what the engine raises."""
         texts: list[list[str]] = [[] for _ in self._choices]
         tokens: list[list[OutToken]] = [[] for _ in self._choices]
+        calls: list[list[CallEvent]] = [[] for _ in self._choices]
         finish: dict[int, str | None] = {}
         pieces = self._pieces()
         try:
             async for choice, piece in pieces:
                 texts[choice.index].append(piece.text)
                 tokens[choice.index] += piece.tokens
+                calls[choice.index] += piece.calls
                 finish[choice.index] = piece.finish
         finally:
             await pieces.aclose()
         results = [
             {
                 "index": choice.index,
-                **self._dialect.result(choice, "".join(texts[choice.index])),
+                **self._dialect.result(choice, "".join(texts[choice.index]), calls[choice.index]),
                 "logprobs": self._dialect.logprobs(tokens[choice.index])
                 if self._logprobs
                 else None,
@@ -148,6 +154,9 @@ class Answer:
                     out += f',"logprobs":{logprobs},"finish_reason":null}}]'.encode() + tail
                 elif piece.text:
                     out += before + dialect.delta(piece.text).encode() + after
+                if piece.calls:
+                    for delta in dialect.call_deltas(piece.calls):
+                        out += before + delta.encode() + after
                 if piece.finish:
                     running -= 1
                     out += before + dialect.delta("").encode()
@@ -175,6 +184,15 @@ def logprob_of(value: float | None) -> float:
     return LOWEST_LOGPROB if value is None or not value > LOWEST_LOGPROB else value
 
 
+def _call(header: CallHeader, arguments: str) -> dict[str, Any]:
+    return {
+        "index": header.index,
+        "id": f"call_{header.index}_{uuid.uuid4()}",
+        "type": "function",
+        "function": {"name": header.name, "arguments": arguments},
+    }
+
+
 class ChatDialect:
     object, chunk_object, field = "chat.completion", "chat.completion.chunk", "delta"
 
@@ -187,8 +205,34 @@ class ChatDialect:
     def opening(self, choice: Choice) -> str | None:
         return '{"role":"assistant","content":""}'
 
-    def result(self, choice: Choice, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
+    def call_deltas(self, calls: Iterable[CallEvent]) -> list[str]:
+        deltas = []
+        for event in calls:
+            if isinstance(event, CallHeader):
+                deltas.append(f'{{"tool_calls":[{dump(_call(event, ""))}]}}')
+            elif isinstance(event, CallArguments):
+                arguments = json_string(event.text)
+                deltas.append(
+                    f'{{"tool_calls":[{{"index":{event.index},'
+                    f'"function":{{"arguments":{arguments}}}}}]}}'
+                )
+        return deltas
+
+    def result(self, choice: Choice, text: str, calls: Iterable[CallEvent]) -> dict[str, Any]:
+        """Content beside calls is null when there is none, as OpenAI has it."""
+        headers: list[CallHeader] = []
+        arguments: list[str] = []
+        for event in calls:
+            if isinstance(event, CallHeader):
+                headers.append(event)
+                arguments.append("")
+            elif isinstance(event, CallArguments):
+                arguments[event.index] += event.text
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if headers:
+            message["content"] = text or None
+            message["tool_calls"] = list(map(_call, headers, arguments))
+        return {"message": message}
 
     def logprobs(self, tokens: Sequence[OutToken]) -> Any:
         entries = []
@@ -220,7 +264,10 @@ class TextDialect:
     def opening(self, choice: Choice) -> str | None:
         return json_string(self._prompt(choice)) if self._echo else None
 
-    def result(self, choice: Choice, text: str) -> dict[str, Any]:
+    def call_deltas(self, calls: Iterable[CallEvent]) -> list[str]:
+        return []  # raw text: calls are not parsed
+
+    def result(self, choice: Choice, text: str, calls: Iterable[CallEvent]) -> dict[str, Any]:
         return {"text": self._prompt(choice) + text}
 
     def logprobs(self, tokens: Sequence[OutToken]) -> Any:

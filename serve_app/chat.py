@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import partial
 
 from rayseek.serve_app.answer import Answer, ChatDialect, Head
 from rayseek.serve_app.engine_port import Engine
@@ -11,6 +12,7 @@ from rayseek.serve_app.prompt import Message, default_system_prompt, in_call_ord
 from rayseek.serve_app.protocol import ChatRequest
 from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Tokenizer
+from rayseek.serve_app.tool_calls import ToolCallParser, banned_in_chat
 
 
 async def chat_answer(
@@ -34,6 +36,10 @@ async def chat_answer(
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         settings=settings,
         tokenizer=tokenizer,
+        banned=banned_in_chat(tokenizer, calls=body.may_call),
+        parser_of=partial(ToolCallParser, tokenizer, parallel=body.parallel_tool_calls is not False)
+        if body.may_call
+        else None,
     )
     return Answer(
         head,

@@ -55,7 +55,7 @@ class TextStream:
         self.stopped = False  # a stop string was found: nothing more is taken
         self.tokens = 0  # tokens taken, the one that completed a stop string included
         self.decoded = 0  # characters decoded, held back and cut ones included
-        self._bytes, self._hidden = token_bytes, hidden
+        self._bytes, self.hidden = token_bytes, hidden
         self._stops = [_Stop(text) for text in stop]
         self._firsts = frozenset(text[0] for text in stop)
         self._include_stop, self._min_tokens = include_stop, min_tokens
@@ -65,7 +65,7 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """The text that may be shown now, often one token's, sometimes none."""
         self.tokens += 1
-        if token_id in self._hidden:
+        if token_id in self.hidden:
             return ""
         text = self._utf8.decode(self._bytes(token_id))
         self.decoded += len(text)

@@ -7,7 +7,7 @@ differ. Several choices of one HTTP request run side by side here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from rayseek.cluster.request import Delta, FinishReason, Request, Token
@@ -18,6 +18,7 @@ from rayseek.serve_app.protocol import GenerationFields
 from rayseek.serve_app.sampling import for_choice, output_limit, sampling_params
 from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Prompt, Tokenizer
+from rayseek.serve_app.tool_calls import CallEvent, Event, ToolCallParser, merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,15 @@ class OutToken:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one delta adds to a choice. The last piece has `finish`: "stop" or "length"."""
+    """What one delta adds to a choice, first the text, then the calls.
+
+    The last piece has `finish`: "stop", "length" or "tool_calls".
+    """
 
     text: str
-    tokens: Sequence[OutToken] = ()  # only when log-probabilities were asked for
+    tokens: Sequence[OutToken] = ()  # of the content, when log-probabilities were asked for
     finish: str | None = None
+    calls: Sequence[CallEvent] = ()
 
 
 class Choice:
@@ -47,17 +52,18 @@ class Choice:
         request: Request,
         text: TextStream,
         silent: frozenset[int],
+        parser: ToolCallParser | None = None,
     ) -> None:
-        """`silent`: stop tokens that are neither shown nor counted, EOS among them."""
+        """`silent`: stop tokens that are neither shown nor counted, EOS among them.
+
+        With a `parser`, `text` is the stream of its content.
+        """
         self.index, self.prompt_index, self.request = index, prompt_index, request
         self.prompt_tokens = len(request.prompt_ids)
         self.cached_tokens = 0  # of the prompt, as the engine told
-        self._text, self._silent = text, silent
+        self.completion_tokens = 0  # the markup of calls is counted, the final EOS is not
+        self._text, self._silent, self._parser = text, silent, parser
         self._logprobs = request.sampling.logprobs is not None
-
-    @property
-    def completion_tokens(self) -> int:
-        return self._text.tokens
 
     def feed(self, delta: Delta) -> Piece:
         """Raises ApiError when the engine gave this request up."""
@@ -65,11 +71,14 @@ class Choice:
             self.cached_tokens = delta.cached_tokens
         if delta.finish in (FinishReason.ERROR, FinishReason.CANCELLED):
             raise server_error(delta.error or f"the engine ended this request: {delta.finish}")
+        if self._parser:
+            return self._parsed(delta, self._parser)
         stream, text = self._text, ""
         shown: list[OutToken] = []
         for token in delta.tokens:
             if token.id in self._silent:
                 break  # the engine's stop token, always the last
+            self.completion_tokens += 1
             if self._logprobs:
                 shown.append(OutToken(token, stream.decoded))
             text += stream.push(token.id)
@@ -79,6 +88,30 @@ class Choice:
             return Piece(text, shown)
         text += stream.close()
         return Piece(text, shown, "stop" if stream.stopped else delta.finish.value)
+
+    def _parsed(self, delta: Delta, parser: ToolCallParser) -> Piece:
+        """The same where the answer may hold tool calls."""
+        events: list[Event] = []
+        shown: list[OutToken] = []
+        finish = delta.finish.value if delta.finish else None
+        for token in delta.tokens:
+            if token.id in self._silent:
+                break
+            self.completion_tokens += 1
+            if self._logprobs and parser.in_content(token.id):
+                shown.append(OutToken(token, self._text.decoded))
+            events += parser.push(token.id)
+            if parser.ended:
+                finish = "stop"
+                break
+        if finish and not parser.ended:
+            events += parser.close()
+            finish = "stop" if self._text.stopped else finish
+        if finish == "stop" and parser.closed:
+            finish = "tool_calls"
+        text = "".join(event for event in events if isinstance(event, str))
+        calls = merged(event for event in events if not isinstance(event, str))
+        return Piece(text, shown, finish, calls)
 
 
 async def encode(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -96,8 +129,13 @@ def make_choices(
     logprobs: int | None,
     settings: ApiSettings,
     tokenizer: Tokenizer,
+    banned: frozenset[int] = frozenset(),
+    parser_of: Callable[[TextStream], ToolCallParser] | None = None,
 ) -> list[Choice]:
-    """`n` choices of each prompt, numbered through. Raises ApiError (400)."""
+    """`n` choices of each prompt, numbered through. Raises ApiError (400).
+
+    `banned` ids are not sampled. `parser_of`: how to parse tool calls, if they are to be parsed.
+    """
     n = body.n or 1
     if n * len(prompts) > settings.max_choices:
         raise bad_request(
@@ -117,6 +155,7 @@ def make_choices(
             logprobs=logprobs,
             settings=settings,
             tokenizer=tokenizer,
+            banned=banned,
         )
         for _ in range(n):
             index = len(choices)
@@ -134,7 +173,8 @@ def make_choices(
                 min_tokens=params.min_tokens,
                 hidden=hidden,
             )
-            choices.append(Choice(index, prompt_index, request, text, frozenset(silent)))
+            parser = parser_of(text) if parser_of else None
+            choices.append(Choice(index, prompt_index, request, text, frozenset(silent), parser))
     return choices
 
 

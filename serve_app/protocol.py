@@ -11,7 +11,14 @@ from dataclasses import replace
 from datetime import date
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from rayseek.serve_app.attachments import (
     MAX_FILES,
@@ -27,6 +34,7 @@ from rayseek.serve_app.strict import StrictBody, wrong
 from rayseek.serve_app.vendor_prompts import file_prompt
 
 MAX_STOPS, MAX_STOP_CHARS = 16, 1024
+DEFAULT_PROMPT = "Once upon a time, "  # DeepSeek's
 INT64 = 2**63
 
 
@@ -53,6 +61,8 @@ def _stop_list(value: object) -> object:
 
 def _prompts(value: object) -> object:
     """A completion's prompt in its four forms as a list of strings or lists of ids."""
+    if value is None:
+        return [DEFAULT_PROMPT]
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
@@ -65,6 +75,22 @@ def _prompts(value: object) -> object:
         ):
             return value
     raise wrong("must be a string, a list of token ids, or a list of either")
+
+
+_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+STOP_SCHEMA = {
+    "anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}, {"type": "null"}]
+}
+_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        _IDS,
+        {"type": "array", "items": _IDS, "minItems": 1},
+        {"type": "null"},
+    ]
+}
 
 
 class StreamOptions(StrictBody):
@@ -84,7 +110,9 @@ class GenerationFields(StrictBody):
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = None
     n: int | None = Field(None, ge=1)
-    stop: Annotated[list[str] | None, BeforeValidator(_stop_list)] = None
+    stop: Annotated[list[str] | None, BeforeValidator(_stop_list), WithJsonSchema(STOP_SCHEMA)] = (
+        None
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -102,7 +130,9 @@ class GenerationFields(StrictBody):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = Field(
-        None, validation_alias=AliasChoices("include_stop_str_in_output", "no_stop_trim")
+        None,
+        validation_alias=AliasChoices("include_stop_str_in_output", "no_stop_trim"),
+        description="SGLang's no_stop_trim is the same.",
     )
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
@@ -223,6 +253,11 @@ class ChatRequest(GenerationFields):
             messages, self.files or (), self.web_search_results, question=question, today=today
         )
 
+    @property
+    def may_call(self) -> bool:
+        """Whether the answer may hold tool calls."""
+        return bool(self.tools) and self.tool_choice != "none"
+
     def template_tools(self) -> list[dict[str, Any]]:
         """Function objects as the prompt shows them: without wrapper, `strict` and nulls."""
         return [
@@ -245,9 +280,9 @@ class ChatRequest(GenerationFields):
 
 
 class CompletionRequest(GenerationFields):
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)] = Field(
-        default=["Once upon a time, "], union_mode="left_to_right"
-    )
+    prompt: Annotated[
+        list[str] | list[list[int]], BeforeValidator(_prompts), WithJsonSchema(PROMPT_SCHEMA)
+    ] = Field(default=[DEFAULT_PROMPT], union_mode="left_to_right")
     suffix: str | None = Field(None, description="Fill in the middle: the text that comes after.")
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)

@@ -63,8 +63,12 @@ def sampling_params(
     logprobs: int | None,
     settings: ApiSettings,
     tokenizer: Tokenizer,
+    banned: frozenset[int] = frozenset(),
 ) -> SamplingParams:
-    """The engine's parameters of the first choice. Raises ApiError for ids that do not exist."""
+    """The engine's parameters of the first choice. Raises ApiError for ids that do not exist.
+
+    `banned` ids are not sampled, except those at which the caller wants to stop.
+    """
     stop_ids = tuple(body.stop_token_ids or ())
     for token_id in stop_ids:
         if not tokenizer.is_defined(token_id):
@@ -86,6 +90,7 @@ def sampling_params(
         presence_penalty=_or(body.presence_penalty, 0.0),
         repetition_penalty=_or(body.repetition_penalty, 1.0),
         logit_bias=_logit_bias(body.logit_bias or {}, tokenizer),
+        banned_ids=tuple(sorted(banned.difference(stop_ids))),
         seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
         stop_token_ids=stop_ids if body.ignore_eos else (tokenizer.eos_id, *stop_ids),
         min_tokens=body.min_tokens or 0,

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -55,11 +56,32 @@ class ApiSettings(Section):
     temperature_mapping: Literal["deepseek", "none"] = "deepseek"  # API 1.0 = model 0.3
     max_output_tokens: int = Field(default=8192, ge=1)  # largest max_tokens
     default_output_tokens: int = Field(default=4096, ge=1)  # when the caller names none
-    keys: tuple[str, ...] = ()  # accepted API keys; none: see key_file
-    key_file: Path | None = None  # one key a line; None: ~/.config/rayseek/api_key, made if absent
+    keys: tuple[str, ...] = ()  # accepted without limits, beside those of the key file
+    key_file: Path | None = None  # of `rayseek keys`; None: ~/.config/rayseek/keys.yaml
+    max_waiting: int = Field(default=1024, ge=1)  # sequences of one key that may queue; then 503
     body_limit_mib: float = Field(default=8, gt=0)
     keep_alive_s: float = Field(default=10, gt=0)  # a comment line in streams that wait
     ready_window_s: float = Field(default=30, gt=0)  # /ready: a token within this, or a probe
+    default_system_prompt: str = "none"  # without one of the caller's: none, deepseek, or a text
+    time_zone: str = "Asia/Shanghai"  # of the date in DeepSeek's system prompt
+
+    @field_validator("time_zone")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        try:
+            ZoneInfo(name)
+        except (ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError(f"no time zone {name!r}; names are like Asia/Shanghai") from None
+        return name
+
+
+class PageSettings(Section):
+    """The web pages: overview, chat, API reference."""
+
+    default_system_prompt: str = "deepseek"  # the chat page's: none, deepseek, or a text
+    public_url: str | None = Field(default=None, pattern=r"^https?://[^\s/]+(/\S*)?$")
+    dashboard_url: str | None = Field(default=None, pattern=r"^https?://\S+$")  # None: if known
+    local_key: bool = True  # who is on the machine of a loopback-only service sees its key
 
 
 class IngressSettings(Section):
@@ -80,6 +102,7 @@ class Config(Section):
     engine: EngineSettings = EngineSettings()
     decode: DecodeSettings = DecodeSettings()
     api: ApiSettings = ApiSettings()
+    pages: PageSettings = PageSettings()
     ingress: IngressSettings = IngressSettings()
 
     @model_validator(mode="after")

@@ -22,7 +22,13 @@ from urllib.parse import urlsplit
 from rich.console import Console
 from rich.table import Table
 
-from rayseek.cluster.config import Config, EngineSettings, IngressSettings, ModelSettings
+from rayseek.cluster.config import (
+    ApiSettings,
+    Config,
+    EngineSettings,
+    IngressSettings,
+    ModelSettings,
+)
 
 FIRST_ORDINARY_ID = 3  # below: begin, end, pad
 
@@ -242,14 +248,15 @@ def served_results(model: Path, settings: EngineSettings, points: list[Point]) -
     from rayseek.serve_app.ingress import api_settings
     from rayseek.serve_app.local import free_port, running
 
+    key = "sk-bench"
     config = Config(
         model=ModelSettings(path=model),
+        api=ApiSettings(keys=(key,)),
         engine=settings,
         ingress=IngressSettings(host="127.0.0.1", port=free_port()),
     )
-    key = "sk-bench"
     context = ModelConfig.from_pretrained(model).max_position_embeddings
-    with running(config, model, api_settings(config, context, (key,))) as service:
+    with running(config, model, api_settings(config, context, None, key)) as service:
         return in_own_process(http_results, "Rayseek over HTTP", service.address, key,
                               config.model.name, ordinary_ids(model), points)  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The `rayseek` command: serve, inspect, make-model, bench.
+"""The `rayseek` command: serve, keys, inspect, make-model, bench.
 
 Only argument parsing and messages; every command's work is elsewhere and imported when needed.
 """
@@ -22,8 +22,16 @@ def cache_folder() -> Path:
 
 
 def config_folder() -> Path:
-    """Where the generated API key is kept."""
+    """Where API keys are kept."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "rayseek"
+
+
+def key_file(config: Config) -> Path | None:
+    """The file of keys. None: the config has keys of its own and no such file is there."""
+    file = config_folder() / "keys.yaml"
+    if config.api.key_file is not None:
+        return config.api.key_file.absolute()
+    return file if file.exists() or not config.api.keys else None
 
 
 def fail(message: object) -> NoReturn:
@@ -42,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--model", type=Path, help="checkpoint folder in the official layout")
     serve.add_argument("--port", type=int, help="port of the API (default 8000)")
     serve.add_argument("--host", help="address to listen on (default 0.0.0.0: every interface)")
+
+    _add_keys(commands.add_parser("keys", help="who may use the API: add, list, revoke"))
 
     inspect = commands.add_parser("inspect", help="where a checkpoint's bytes go, on N ranks")
     inspect.add_argument("path", type=Path, help="checkpoint folder, or a config.json alone")
@@ -72,13 +82,29 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _add_keys(keys: argparse.ArgumentParser) -> None:
+    file = argparse.ArgumentParser(add_help=False)
+    file.add_argument("--file", type=Path, help="default: ~/.config/rayseek/keys.yaml")
+    actions = keys.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add = actions.add_parser("add", parents=[file], help="make a key; it is shown this once")
+    add.add_argument("name", help="who it is for")
+    add.add_argument("--requests-per-minute", type=int, metavar="N")
+    add.add_argument("--tokens-per-minute", type=int, metavar="N", help="prompts and answers")
+    add.add_argument("--concurrent", type=int, metavar="N", help="requests at one time")
+    add.add_argument("--models", nargs="+", metavar="NAME", help="only these")
+    actions.add_parser("list", parents=[file], help="names and limits")
+    revoke = actions.add_parser("revoke", parents=[file], help="make a key invalid")
+    revoke.add_argument("name")
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        {"serve": serve, "inspect": inspect, "make-model": make_model, "bench": bench}[
-            arguments.command
-        ](arguments)
+        {
+            "serve": serve, "keys": keys, "inspect": inspect, "make-model": make_model,
+            "bench": bench,
+        }[arguments.command](arguments)  # fmt: skip
     except (ConfigFileError, ValueError, FileExistsError, FileNotFoundError) as error:
         fail(error)
     except KeyboardInterrupt:
@@ -88,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
 def serve(arguments: argparse.Namespace) -> None:
     """Start, print where everything is, wait for Ctrl-C or SIGTERM, stop."""
     from rayseek.serve_app.ingress import api_settings
-    from rayseek.serve_app.keys import load_keys
+    from rayseek.serve_app.keys import KeyRing, first_key
     from rayseek.serve_app.local import StartError, check_port, running
 
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell set SIGINT to be ignored
@@ -104,16 +130,19 @@ def serve(arguments: argparse.Namespace) -> None:
 
         checkpoint = Checkpoint.open(model)  # every problem is told now, not by a dying rank
         context = engine_limits(checkpoint.config, config.engine).context
-        keys = load_keys(
-            config.api.keys, config.api.key_file, generated=config_folder() / "api_key"
-        )
-        settings = api_settings(config, context, keys)
+        file = key_file(config)
+        shown = config.api.keys[0] if config.api.keys else None
+        if shown is None and file == config_folder() / "keys.yaml":
+            shown = first_key(file, config_folder() / "api_key")
+        if not len(KeyRing(config.api.keys, file)):
+            fail(f"{file} has no keys: rayseek keys add NAME --file {file}")
+        settings = api_settings(config, context, file, shown)
         print(f"Starting Ray and the engine for {model} ...", flush=True)
         with running(config, model, settings) as service:
             print(
                 f"\n  Rayseek serves {config.model.name}\n"
                 f"  API        {service.address}/v1\n"
-                f"  API key    {keys[0]}\n"
+                f"  API key    {shown or f'one of those in {file}'}\n"
                 f"  Dashboard  {service.dashboard}\n"
                 f"  Logs       {service.logs}\n"
                 "  Stop with Ctrl-C.\n",
@@ -165,6 +194,29 @@ def made_model(path: Path, config: object) -> Path:
             if not path.exists():
                 raise
     return path
+
+
+def keys(arguments: argparse.Namespace) -> None:
+    """A running server takes changes over within a second of its next request."""
+    from rayseek.serve_app.keys import add_key, first_key, read_keys, revoke_key
+
+    file: Path = arguments.file or config_folder() / "keys.yaml"
+    plain = config_folder() / "api_key"
+    limits = ("requests_per_minute", "tokens_per_minute", "concurrent", "models")
+    if arguments.action == "add":
+        given = {name: getattr(arguments, name) for name in limits}
+        if arguments.file is None and not file.exists() and plain.exists():
+            first_key(file, plain)  # the key of a service that has run already stays valid
+        key = add_key(file, arguments.name, **{k: v for k, v in given.items() if v is not None})
+        print(key)
+        print("Keep it: only its digest is stored.", file=sys.stderr)
+    elif arguments.action == "revoke":
+        revoke_key(file, arguments.name, plain)
+        print(f"{arguments.name} is revoked.")
+    else:
+        for key_entry in read_keys(file):
+            fields = key_entry.model_dump(exclude_none=True, exclude={"sha256", "name"})
+            print(key_entry.name, *(f"{name}={value}" for name, value in fields.items()), sep="  ")
 
 
 def inspect(arguments: argparse.Namespace) -> None:

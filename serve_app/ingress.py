@@ -13,6 +13,7 @@ from rayseek.cluster.config import Config
 from rayseek.cluster.dispatch import Dispatcher, RankAddress
 from rayseek.serve_app.app import build_app
 from rayseek.serve_app.http_methods import accept_methods_in_any_case
+from rayseek.serve_app.pages import is_loopback
 from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Tokenizer
 
@@ -40,18 +41,35 @@ class Ingress:
         return build_app(self._settings, self._tokenizer, Dispatcher(self._discover))
 
 
-def api_settings(config: Config, context: int, keys: tuple[str, ...]) -> ApiSettings:
-    """The HTTP side's branch of the config, with what the model and the key file say."""
+def api_settings(
+    config: Config, context: int, key_file: Path | None, shown_key: str | None
+) -> ApiSettings:
+    """The HTTP side's branch of the config, with what the model and the key file say.
+
+    `shown_key`: one that a viewer on this machine may see.
+    """
     api = config.api
+    running = config.engine.max_batch * config.decode.replicas
+    shows_key = config.pages.local_key and is_loopback(config.ingress.host)
     return ApiSettings(
         model=config.model.name,
         aliases=config.model.aliases,
         context_length=context,
-        api_keys=keys,
+        api_keys=api.keys,
+        key_file=key_file,
+        ingress_replicas=config.ingress.replicas,
+        in_flight=-(-running // config.ingress.replicas),
+        max_waiting=api.max_waiting,
         temperature_mapping=api.temperature_mapping,
         max_output_tokens=api.max_output_tokens,
         default_output_tokens=api.default_output_tokens,
         body_limit_bytes=int(api.body_limit_mib * 2**20),
         keep_alive_s=api.keep_alive_s,
         ready_window_s=api.ready_window_s,
+        default_system_prompt=api.default_system_prompt,
+        time_zone=api.time_zone,
+        page_system_prompt=config.pages.default_system_prompt,
+        public_url=config.pages.public_url,
+        dashboard_url=config.pages.dashboard_url,
+        local_key=shown_key if shows_key else None,
     )

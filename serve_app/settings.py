@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from datetime import date, datetime
+from pathlib import Path
 from typing import Literal
 from zoneinfo import ZoneInfo
 
@@ -17,7 +18,11 @@ class ApiSettings:
 
     model: str  # the name that callers ask for
     context_length: int  # prompt and answer together, in tokens
-    api_keys: tuple[str, ...]  # at least one
+    api_keys: tuple[str, ...]  # may be empty if there is a key file
+    key_file: Path | None = None  # of hashed keys with limits, see keys.py
+    ingress_replicas: int = 1  # each gets an equal part of every key's limits
+    in_flight: int = 64  # sequences this replica gives to the engine at once
+    max_waiting: int = 1024  # sequences of one key that may wait here; one more is refused
     aliases: tuple[str, ...] = ()  # further names, such as "deepseek-chat"
     max_output_tokens: int = 8192  # the most a caller may ask for
     default_output_tokens: int = 4096  # when the caller does not say; less if the context is short
@@ -37,8 +42,8 @@ class ApiSettings:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        if not self.api_keys:
-            raise ValueError("api_keys is empty: the API would answer nobody")
+        if not self.api_keys and self.key_file is None:
+            raise ValueError("neither api_keys nor a key file: the API would answer nobody")
 
     def today(self) -> date:
         """The day it is where the model's users are."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayseek.serve_app.errors import ApiError, as_api_error, bad_request
 
-T = TypeVar("T")
 KEEP_ALIVE = b": keep-alive\n\n"
 ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -82,17 +82,88 @@ async def _stop(*tasks: asyncio.Task[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away (ClientDisconnect)."""
-    working = asyncio.create_task(work)
-    leaving = asyncio.create_task(_disconnected(request.receive))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return await working
-    finally:
-        await _stop(working, leaving)
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How an API family writes what is not an answer."""
+
+    keep_alive: bytes  # in a stream that is silent
+    error_body: Callable[[ApiError], dict[str, Any]]
+    error_prefix: str = ""  # of an error's event
+
+    def error_response(self, error: BaseException) -> Response:
+        known = as_api_error(error)
+        return JSONResponse(self.error_body(known), known.status, headers=known.headers)
+
+    def error_event(self, error: BaseException) -> bytes:
+        document = json.dumps(self.error_body(as_api_error(error)), ensure_ascii=False)
+        return f"{self.error_prefix}data: {document}\n\n".encode()
+
+
+OPENAI = Style(KEEP_ALIVE, ApiError.body)
+
+
+class Document(Response):
+    """A JSON answer that may take long: blank lines keep the connection alive while it is made.
+
+    The status is sent with the first blank line, and no blank line is sent before `admitted` says
+    that the request is past every queue: until then an error is a proper HTTP error. After it, an
+    error can only be the body.
+    """
+
+    media_type = "application/json"
+
+    def __init__(
+        self,
+        work: Coroutine[Any, Any, dict[str, Any]],
+        keep_alive_s: float,
+        admitted: Callable[[], bool],
+        done: Callable[[], None],
+        style: Style = OPENAI,
+    ) -> None:
+        """`done` is called when the exchange is over, however it ends."""
+        self.background = None
+        self.status_code = 200
+        self.init_headers({"x-accel-buffering": "no"})
+        self._work, self._keep_alive_s = work, keep_alive_s
+        self._admitted, self._done, self._style = admitted, done, style
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        working = asyncio.create_task(self._work)
+        leaving = asyncio.create_task(_disconnected(receive))
+        tasks, started = (working, leaving), False
+        try:
+            while not working.done():
+                await asyncio.wait(
+                    tasks, timeout=self._keep_alive_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                if leaving.done():
+                    return
+                if working.done() or not self._admitted():
+                    continue
+                if not started:
+                    await send(_start(self))
+                    started = True
+                await send({"type": "http.response.body", "body": b"\n", "more_body": True})
+            error = working.exception()
+            if error is not None:
+                response = self._style.error_response(error)
+            else:
+                response = JSONResponse(working.result())
+            if started:
+                await send({"type": "http.response.body", "body": response.body})
+            else:
+                await response(scope, receive, send)
+        finally:
+            await _stop(*tasks)
+            self._done()
+
+
+def _start(response: Response) -> Message:
+    return {
+        "type": "http.response.start",
+        "status": response.status_code,
+        "headers": response.raw_headers,
+    }
 
 
 class EventStream(Response):
@@ -104,11 +175,19 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], keep_alive_s: float) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        keep_alive_s: float,
+        done: Callable[[], None],
+        style: Style = OPENAI,
+    ) -> None:
+        """`done` is called when the exchange is over, however it ends."""
         self.background = None
         self.status_code = 200
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._events, self._keep_alive_s = events, keep_alive_s
+        self._done, self._style = done, style
         self._started = False
         self._sending = asyncio.Lock()
         self._last_sent = 0.0
@@ -121,11 +200,12 @@ class EventStream(Response):
             await asyncio.wait((pump, leaving), return_when=asyncio.FIRST_COMPLETED)
         finally:
             await _stop(pump, leaving, beat)
+            self._done()
         if pump.cancelled():
             return
         error = pump.exception()
         if error is not None:
-            await as_api_error(error).response()(scope, receive, send)
+            await self._style.error_response(error)(scope, receive, send)
 
     async def _pump(self, send: Send) -> None:
         try:
@@ -134,8 +214,7 @@ class EventStream(Response):
         except Exception as error:
             if not self._started:
                 raise
-            document = json.dumps(as_api_error(error).body(), ensure_ascii=False)
-            await self._send(send, f"data: {document}\n\n".encode())
+            await self._send(send, self._style.error_event(error))
         finally:
             await self._events.aclose()
         async with self._sending:
@@ -148,17 +227,12 @@ class EventStream(Response):
             await asyncio.sleep(max(0.001, self._last_sent + self._keep_alive_s - clock()))
             # A send that hangs means a slow reader, not a silent engine.
             if clock() - self._last_sent >= self._keep_alive_s and not self._sending.locked():
-                await self._send(send, KEEP_ALIVE)
+                await self._send(send, self._style.keep_alive)
 
     async def _send(self, send: Send, body: bytes) -> None:
         async with self._sending:
             if not self._started:
                 self._started = True
-                start: Message = {
-                    "type": "http.response.start",
-                    "status": self.status_code,
-                    "headers": self.raw_headers,
-                }
-                await send(start)
+                await send(_start(self))
             await send({"type": "http.response.body", "body": body, "more_body": True})
             self._last_sent = asyncio.get_running_loop().time()

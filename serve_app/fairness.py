@@ -1,0 +1,189 @@
+"""Fair queueing by key, in front of the engine.
+
+`FairQueue` decides and knows no time: start-time fair queueing. Each key has a virtual clock that
+its requests move on by their work in tokens; the key that is furthest behind goes next. Work is
+guessed when a request starts and corrected when it ends. A key that comes back from a pause starts
+at the present virtual time: idling saves up nothing.
+
+The engine is never given more than it can run at once, so nothing queues up behind it. While
+others have keys too, no key alone may take more than three quarters of that: somebody who
+asks now does not have to wait until a flood's long answers end.
+
+`FairEngine` is the same as an engine: it holds requests back, and counts what they use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import math
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+
+from rayseek.cluster.request import Delta, Request, RequestRefused
+from rayseek.serve_app.engine_port import Engine
+from rayseek.serve_app.limits import Lease
+
+FIRST_GUESS = 256.0  # tokens of an answer, before a key has had one
+MEMORY = 0.2  # weight of the newest answer in a key's mean
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One request in the queue or at the engine."""
+
+    key: str
+    prompt: int  # tokens
+    limit: int  # most tokens of the answer
+    running: bool = False
+    cost: float = 0.0  # as guessed when it started
+
+
+@dataclass(slots=True)
+class _Flow:
+    """What is known of one key."""
+
+    clock: float = 0.0
+    running: int = 0
+    waiting: list[tuple[int, int, Ticket]] = field(default_factory=list)  # heap: priority, arrival
+    answer: float = FIRST_GUESS  # mean tokens of an answer
+
+
+class FairQueue:
+    """Which request goes to the engine next. Not more than `slots` are there at once."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self._now = 0.0  # virtual time: the clock of the key that was served last
+        self._flows: dict[str, _Flow] = {}
+        self._arrivals = 0
+        self._running = 0
+
+    def waiting(self, key: str) -> int:
+        return len(self._flows[key].waiting) if key in self._flows else 0
+
+    def running(self, key: str) -> int:
+        return self._flows[key].running if key in self._flows else 0
+
+    def push(self, ticket: Ticket, priority: int = 0) -> None:
+        """Among one key's own requests a lower `priority` goes first, then the earlier one."""
+        flow = self._flows.setdefault(ticket.key, _Flow(self._now))
+        self._arrivals += 1
+        heapq.heappush(flow.waiting, (priority, self._arrivals, ticket))
+
+    def pop(self, several_keys: bool) -> Ticket | None:
+        """The next request to start; None if all must wait. `several_keys`: hold a reserve."""
+        if self._running >= self.slots:
+            return None
+        most = max(1, self.slots * 3 // 4) if several_keys else self.slots
+        ready = [flow for flow in self._flows.values() if flow.waiting and flow.running < most]
+        if not ready:
+            return None
+        flow = min(ready, key=lambda f: (max(f.clock, self._now), f.running, f.waiting[0][1]))
+        ticket = heapq.heappop(flow.waiting)[2]
+        self._now = max(flow.clock, self._now)
+        ticket.running, ticket.cost = True, ticket.prompt + min(flow.answer, ticket.limit)
+        flow.clock = self._now + ticket.cost
+        flow.running += 1
+        self._running += 1
+        return ticket
+
+    def remove(self, ticket: Ticket, made: int, whole: bool) -> None:
+        """It is over, with `made` tokens. Not `whole`: it says nothing of the key's answers."""
+        flow = self._flows[ticket.key]
+        if ticket.running:
+            flow.running -= 1
+            self._running -= 1
+            flow.clock += ticket.prompt + made - ticket.cost
+            if whole:
+                flow.answer += MEMORY * (made - flow.answer)
+        else:
+            flow.waiting = [entry for entry in flow.waiting if entry[2] is not ticket]
+            heapq.heapify(flow.waiting)
+
+
+class FairEngine:
+    """Admits requests to `engine` in the queue's order."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        slots: int,
+        max_waiting: int,
+        several_keys: Callable[[], bool],
+    ) -> None:
+        """`slots`: sequences the engine may have at once; `max_waiting`: of one key, at most."""
+        self._engine, self._several_keys = engine, several_keys
+        self._queue = FairQueue(slots)
+        self._max_waiting = max_waiting
+        self._doors: dict[Ticket, asyncio.Future[None]] = {}
+        self._service_s: dict[str, float] = {}  # mean time that a key's request is at the engine
+
+    def of(self, lease: Lease) -> Engine:
+        """The engine as the holder of `lease` sees it."""
+        return _Share(self, lease)
+
+    async def generate(self, request: Request, lease: Lease) -> AsyncGenerator[Delta, None]:
+        """Like `Engine.generate`. Raises RequestRefused if too many of the key wait already."""
+        ticket = self._enter(request, lease)
+        made, began, ended = 0, math.inf, False
+        try:
+            lease.waiting += 1
+            try:
+                await self._doors[ticket]
+            finally:
+                lease.waiting -= 1
+            lease.begun += 1
+            began = time.monotonic()
+            lease.paid_prompt(request)
+            deltas = self._engine.generate(request)
+            try:
+                async for delta in deltas:
+                    if delta.tokens:
+                        made += len(delta.tokens)
+                        lease.paid_tokens(len(delta.tokens))
+                    ended = delta.finish is not None
+                    yield delta
+            finally:
+                await deltas.aclose()
+        finally:
+            self._leave(ticket, made, ended, time.monotonic() - began)
+
+    def _enter(self, request: Request, lease: Lease) -> Ticket:
+        key, queue = lease.key.sha256, self._queue
+        waiting = queue.waiting(key)
+        if waiting >= self._max_waiting:
+            rounds = waiting / max(1, queue.running(key))
+            raise RequestRefused(
+                f"{waiting} requests of this key are waiting already; please try again later",
+                retry_after_s=min(600.0, rounds * self._service_s.get(key, 1.0)),
+            )
+        ticket = Ticket(key, len(request.prompt_ids), request.sampling.max_tokens)
+        self._doors[ticket] = asyncio.get_running_loop().create_future()
+        queue.push(ticket, request.priority)
+        self._admit()
+        return ticket
+
+    def _leave(self, ticket: Ticket, made: int, whole: bool, service_s: float) -> None:
+        self._queue.remove(ticket, made, whole)
+        del self._doors[ticket]
+        if whole:
+            mean = self._service_s.get(ticket.key, service_s)
+            self._service_s[ticket.key] = mean + MEMORY * (service_s - mean)
+        self._admit()
+
+    def _admit(self) -> None:
+        while (ticket := self._queue.pop(self._several_keys())) is not None:
+            door = self._doors[ticket]
+            if not door.done():  # cancelled in this very moment: it leaves by itself
+                door.set_result(None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    engine: FairEngine
+    lease: Lease
+
+    def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+        return self.engine.generate(request, self.lease)

@@ -1,0 +1,48 @@
+"""What every front door shares: who asks, what they may, and the engine as they see it."""
+
+from __future__ import annotations
+
+from rayseek.serve_app.engine_port import Engine
+from rayseek.serve_app.errors import ApiError
+from rayseek.serve_app.fairness import FairEngine
+from rayseek.serve_app.keys import Key, KeyRing, check_model
+from rayseek.serve_app.limits import Lease, Limiter
+from rayseek.serve_app.readiness import WatchedEngine
+from rayseek.serve_app.settings import ApiSettings
+from rayseek.serve_app.tokenizer import Tokenizer
+
+
+class Service:
+    """One ingress replica's keys, limits and fair queue, over its engine."""
+
+    def __init__(self, settings: ApiSettings, tokenizer: Tokenizer, engine: Engine) -> None:
+        self.settings, self.tokenizer = settings, tokenizer
+        self.watched = WatchedEngine(engine)
+        self.keys = KeyRing(settings.api_keys, settings.key_file)
+        self._limiter = Limiter(settings.ingress_replicas)
+        self._fair = FairEngine(
+            self.watched,
+            settings.in_flight,
+            settings.max_waiting,
+            several_keys=lambda: len(self.keys) > 1,
+        )
+
+    def check_model(self, key: Key, name: str) -> None:
+        """Raises ApiError: 404 for a model that is not served, 403 for one not for this key."""
+        if name not in self.settings.models:
+            served = ", ".join(self.settings.models)
+            raise ApiError(
+                404,
+                f"The model {name!r} does not exist here; this server has: {served}",
+                param="model",
+                code="model_not_found",
+            )
+        check_model(key, name)
+
+    def admit(self, key: Key) -> Lease:
+        """Count a request of `key` in; the caller releases it. Raises ApiError (429)."""
+        return self._limiter.admit(key)
+
+    def engine(self, lease: Lease) -> Engine:
+        """The engine for the request that holds `lease`."""
+        return self._fair.of(lease)

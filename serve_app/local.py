@@ -18,7 +18,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +128,13 @@ def running(config: Config, model_path: Path, settings: ApiSettings) -> Iterator
             logging_config={"log_level": "WARNING"},
         )
         logs = folder / "ray" / "session_latest" / "logs"
+        dashboard = f"http://{context.dashboard_url}"
+        settings = replace(settings, dashboard_url=settings.dashboard_url or dashboard)
         serve.run(build(config, model_path, settings), name=APP_NAME, route_prefix="/")
         host = "127.0.0.1" if config.ingress.host in ("0.0.0.0", "::") else config.ingress.host
         address = f"http://{host}:{config.ingress.port}"
         _wait_until_ready(f"{address}/ready")
-        yield Running(address, f"http://{context.dashboard_url}", logs)
+        yield Running(address, dashboard, logs)
     finally:
         with _uninterrupted():
             started = psutil.Process().children(recursive=True)

@@ -94,19 +94,19 @@ class Answer:
         include_usage: bool = False,
     ) -> None:
         self._head, self._dialect, self._engine = head, dialect, engine
-        self._choices, self._logprobs = choices, logprobs
+        self.choices, self._logprobs = choices, logprobs
         self._include_usage = include_usage
 
-    def _pieces(self) -> Pieces:
-        return run(self._engine, self._choices)
+    def pieces(self) -> Pieces:
+        return run(self._engine, self.choices)
 
     async def document(self) -> dict[str, Any]:
         """The whole answer. Raises what the engine raises."""
-        texts: list[list[str]] = [[] for _ in self._choices]
-        tokens: list[list[OutToken]] = [[] for _ in self._choices]
-        calls: list[list[CallEvent]] = [[] for _ in self._choices]
+        texts: list[list[str]] = [[] for _ in self.choices]
+        tokens: list[list[OutToken]] = [[] for _ in self.choices]
+        calls: list[list[CallEvent]] = [[] for _ in self.choices]
         finish: dict[int, str | None] = {}
-        pieces = self._pieces()
+        pieces = self.pieces()
         try:
             async for choice, piece in pieces:
                 texts[choice.index].append(piece.text)
@@ -124,27 +124,27 @@ class Answer:
                 else None,
                 "finish_reason": finish[choice.index],
             }
-            for choice in self._choices
+            for choice in self.choices
         ]
         return {
             **self._head.fields(self._dialect.object),
             "choices": results,
-            "usage": usage(self._choices),
+            "usage": usage(self.choices),
         }
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events, at most one `bytes` per delta. Raises what the engine raises."""
-        dialect, running = self._dialect, len(self._choices)
+        dialect, running = self._dialect, len(self.choices)
         start = dump(self._head.fields(dialect.chunk_object))[:-1]
         tail = b',"usage":null}\n\n' if self._include_usage else b"}\n\n"
         befores = [
             f'data: {start},"choices":[{{"index":{choice.index},"{dialect.field}":'.encode()
-            for choice in self._choices
+            for choice in self.choices
         ]
         after = b',"logprobs":null,"finish_reason":null}]' + tail
-        openings = zip(befores, map(dialect.opening, self._choices), strict=True)
+        openings = zip(befores, map(dialect.opening, self.choices), strict=True)
         out = b"".join(before + text.encode() + after for before, text in openings if text)
-        pieces = self._pieces()
+        pieces = self.pieces()
         try:
             async for choice, piece in pieces:
                 before = befores[choice.index]
@@ -172,7 +172,7 @@ class Answer:
         """The end of a choice's last chunk; of the last choice with usage and [DONE]."""
         if not last:
             return tail
-        counts = dump(usage(self._choices))
+        counts = dump(usage(self.choices))
         out = f',"usage":{counts}}}\n\n'.encode()
         if self._include_usage:
             out += event(f'{start},"choices":[],"usage":{counts}}}')

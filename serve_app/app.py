@@ -14,6 +14,7 @@ from rayseek.serve_app.chat import chat_answer
 from rayseek.serve_app.completions import completion_answer
 from rayseek.serve_app.engine_port import Engine
 from rayseek.serve_app.errors import as_api_error, install_error_handlers
+from rayseek.serve_app.messages import add_messages
 from rayseek.serve_app.openapi import describe
 from rayseek.serve_app.pages import add_pages
 from rayseek.serve_app.protocol import ChatRequest, CompletionRequest, parse
@@ -34,6 +35,7 @@ ABOUT = """\
 
   chat        POST {base}/v1/chat/completions
   completion  POST {base}/v1/completions
+  messages    POST {base}/v1/messages (Anthropic's API)
   models      GET  {base}/v1/models
   pages       {base}/  {base}/chat  {base}/docs
   state       {base}/health  {base}/ready
@@ -59,6 +61,7 @@ def build_app(
     app.add_middleware(AnyCaseMethod)
     _add_generation(app, "/chat/completions", ChatRequest, chat_answer, service)
     _add_generation(app, "/completions", CompletionRequest, completion_answer, service)
+    add_messages(app, service)
     _add_models(app, service)
     _add_state(app, settings, Readiness(service.watched, settings, tokenizer.bos_id))
     add_pages(app, settings, service.keys, ABOUT)
@@ -76,22 +79,16 @@ def _add_generation(
     settings = service.settings
 
     async def generate(request: Request) -> Response:
-        lease = None
         try:
             key = service.keys.check(request.headers.get("authorization"))
             body: Any = parse(kind, await read_json(request, settings.body_limit_bytes))
             service.check_model(key, body.model)
-            lease = service.admit(key)
-            answer = await answering(body, settings, service.tokenizer, service.engine(lease))
+            with service.admitted(key) as lease:
+                answer = await answering(body, settings, service.tokenizer, service.engine(lease))
             if body.streams:
-                return EventStream(answer.events(), settings.keep_alive_s, lease.release)
-            wait = settings.keep_alive_s
-            return Document(answer.document(), wait, lambda: lease.admitted, lease.release)
-        except BaseException as error:
-            if lease is not None:
-                lease.release()
-            if not isinstance(error, Exception):
-                raise
+                return EventStream(answer.events(), settings.keep_alive_s, lease)
+            return Document(answer.document(), settings.keep_alive_s, lease)
+        except Exception as error:
             return as_api_error(error).response()
 
     for root in ROOTS:

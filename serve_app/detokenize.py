@@ -53,6 +53,7 @@ class TextStream:
         hidden: Collection[int] = frozenset(),
     ) -> None:
         self.stopped = False  # a stop string was found: nothing more is taken
+        self.found: str | None = None  # which one
         self.tokens = 0  # tokens taken, the one that completed a stop string included
         self.decoded = 0  # characters decoded, held back and cut ones included
         self._bytes, self.hidden = token_bytes, hidden
@@ -92,8 +93,8 @@ class TextStream:
             found = [stop for stop in self._stops if stop.step(seen[position])]
             if found:
                 self.stopped, self._held = True, ""
-                longest = max(len(stop.text) for stop in found)
-                return seen[: position + 1 - (0 if self._include_stop else longest)]
+                self.found = max((stop.text for stop in found), key=len)
+                return seen[: position + 1 - (0 if self._include_stop else len(self.found))]
         keep = max(stop.matched for stop in self._stops)
         cut = len(seen) - keep
         self._held = seen[cut:]

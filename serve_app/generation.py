@@ -65,6 +65,11 @@ class Choice:
         self._text, self._silent, self._parser = text, silent, parser
         self._logprobs = request.sampling.logprobs is not None
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return self._text.found
+
     def feed(self, delta: Delta) -> Piece:
         """Raises ApiError when the engine gave this request up."""
         if delta.cached_tokens is not None:
@@ -129,6 +134,7 @@ def make_choices(
     logprobs: int | None,
     settings: ApiSettings,
     tokenizer: Tokenizer,
+    grammar: str = "",
     banned: frozenset[int] = frozenset(),
     parser_of: Callable[[TextStream], ToolCallParser] | None = None,
 ) -> list[Choice]:
@@ -165,6 +171,7 @@ def make_choices(
                 sampling=for_choice(params, index),
                 cache_salt=body.cache_salt or "",
                 priority=body.priority or 0,
+                grammar=grammar,
             )
             text = TextStream(
                 tokenizer.token_bytes,

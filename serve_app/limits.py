@@ -44,7 +44,8 @@ def wait_for(bucket: Bucket, per_minute: float, amount: float, now: float) -> fl
     """Seconds until the bucket holds `amount`; inf for more than it ever holds."""
     if amount > per_minute:
         return math.inf
-    return max(0.0, amount - level(bucket, per_minute, now)) * 60 / per_minute
+    seconds = (amount - level(bucket, per_minute, now)) * 60 / per_minute
+    return seconds if seconds > 0.001 else 0.0  # who has waited exactly may lack a rounding error
 
 
 class _Allowance:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from rayseek.serve_app.engine_port import Engine
 from rayseek.serve_app.errors import ApiError
 from rayseek.serve_app.fairness import FairEngine
@@ -39,9 +42,18 @@ class Service:
             )
         check_model(key, name)
 
-    def admit(self, key: Key) -> Lease:
-        """Count a request of `key` in; the caller releases it. Raises ApiError (429)."""
-        return self._limiter.admit(key)
+    @contextlib.contextmanager
+    def admitted(self, key: Key) -> Iterator[Lease]:
+        """Count a request of `key` in; it is released here only if the block fails.
+
+        Otherwise whoever sends the answer releases it. Raises ApiError (429).
+        """
+        lease = self._limiter.admit(key)
+        try:
+            yield lease
+        except BaseException:
+            lease.release()
+            raise
 
     def engine(self, lease: Lease) -> Engine:
         """The engine for the request that holds `lease`."""

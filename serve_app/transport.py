@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayseek.serve_app.errors import ApiError, as_api_error, bad_request
+from rayseek.serve_app.limits import Lease
 
 KEEP_ALIVE = b": keep-alive\n\n"
 ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -105,8 +106,8 @@ OPENAI = Style(KEEP_ALIVE, ApiError.body)
 class Document(Response):
     """A JSON answer that may take long: blank lines keep the connection alive while it is made.
 
-    The status is sent with the first blank line, and no blank line is sent before `admitted` says
-    that the request is past every queue: until then an error is a proper HTTP error. After it, an
+    The status is sent with the first blank line, and no blank line is sent before the lease says
+    that the request is past the queue: until then an error is a proper HTTP error. After it, an
     error can only be the body.
     """
 
@@ -116,16 +117,15 @@ class Document(Response):
         self,
         work: Coroutine[Any, Any, dict[str, Any]],
         keep_alive_s: float,
-        admitted: Callable[[], bool],
-        done: Callable[[], None],
+        lease: Lease,
         style: Style = OPENAI,
     ) -> None:
-        """`done` is called when the exchange is over, however it ends."""
+        """`lease` is released when the exchange is over, however it ends."""
         self.background = None
         self.status_code = 200
         self.init_headers({"x-accel-buffering": "no"})
         self._work, self._keep_alive_s = work, keep_alive_s
-        self._admitted, self._done, self._style = admitted, done, style
+        self._lease, self._style = lease, style
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         working = asyncio.create_task(self._work)
@@ -138,7 +138,7 @@ class Document(Response):
                 )
                 if leaving.done():
                     return
-                if working.done() or not self._admitted():
+                if working.done() or not self._lease.admitted:
                     continue
                 if not started:
                     await send(_start(self))
@@ -155,7 +155,7 @@ class Document(Response):
                 await response(scope, receive, send)
         finally:
             await _stop(*tasks)
-            self._done()
+            self._lease.release()
 
 
 def _start(response: Response) -> Message:
@@ -179,15 +179,15 @@ class EventStream(Response):
         self,
         events: AsyncGenerator[bytes, None],
         keep_alive_s: float,
-        done: Callable[[], None],
+        lease: Lease,
         style: Style = OPENAI,
     ) -> None:
-        """`done` is called when the exchange is over, however it ends."""
+        """`lease` is released when the exchange is over, however it ends."""
         self.background = None
         self.status_code = 200
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._events, self._keep_alive_s = events, keep_alive_s
-        self._done, self._style = done, style
+        self._lease, self._style = lease, style
         self._started = False
         self._sending = asyncio.Lock()
         self._last_sent = 0.0
@@ -200,7 +200,7 @@ class EventStream(Response):
             await asyncio.wait((pump, leaving), return_when=asyncio.FIRST_COMPLETED)
         finally:
             await _stop(pump, leaving, beat)
-            self._done()
+            self._lease.release()
         if pump.cancelled():
             return
         error = pump.exception()

@@ -257,9 +257,10 @@ def _describe_operations(document: Json) -> None:
         """One of a stream's events; the data of the last is `[DONE]`."""
         data = {
             "type": "string",
-            "contentMediaType": "application/json",
-            "contentSchema": ref(chunk),
-            "description": "A chunk of the same answer; the last event has `[DONE]`.",
+            "anyOf": [
+                {"const": "[DONE]"},
+                {"contentMediaType": "application/json", "contentSchema": ref(chunk)},
+            ],
         }
         return {"schema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}
 

@@ -1,4 +1,4 @@
-"""The `rayseek` command: serve, keys, inspect, make-model, bench.
+"""The `rayseek` command: serve, keys, inspect, make-model, bench, conformance.
 
 Only argument parsing and messages; every command's work is elsewhere and imported when needed.
 """
@@ -68,6 +68,11 @@ def parser() -> argparse.ArgumentParser:
     dtype.add_argument("--fp8", action="store_true", help="block-FP8 weights")
     dtype.add_argument("--bf16", action="store_true", help="bfloat16 weights")
 
+    conform = commands.add_parser("conformance", help="does an endpoint speak the V3 dialect?")
+    conform.add_argument("url", metavar="URL", help="of any OpenAI-compatible V3 endpoint")
+    conform.add_argument("--key", default=os.environ.get("OPENAI_API_KEY", ""), help="its API key")
+    conform.add_argument("--model", help="model name to ask for; default: the server's first")
+
     bench = commands.add_parser("bench", help="throughput and latency, in-process and over HTTP")
     bench.add_argument("--model", type=Path, help="checkpoint folder; default: the bench model")
     bench.add_argument("--url", help="measure this running server only, as http://host:port")
@@ -103,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         {
             "serve": serve, "keys": keys, "inspect": inspect, "make-model": make_model,
-            "bench": bench,
+            "bench": bench, "conformance": conformance,
         }[arguments.command](arguments)  # fmt: skip
     except (ConfigFileError, ValueError, FileExistsError, FileNotFoundError) as error:
         fail(error)
@@ -250,3 +255,10 @@ def bench(arguments: argparse.Namespace) -> None:
     from rayseek.serve_app.bench import run
 
     run(arguments)
+
+
+def conformance(arguments: argparse.Namespace) -> None:
+    """Exit code 0 only if everything passed."""
+    from rayseek.serve_app.conformance import conformance
+
+    sys.exit(0 if conformance(arguments.url, arguments.key, arguments.model) else 1)

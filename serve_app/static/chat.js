@@ -232,7 +232,8 @@ function drawComposer() {
   })));
   $("json").setAttribute("aria-pressed", String(chat.json));
   $("tools").setAttribute("aria-pressed", String(chat.tools.on));
-  $("warmth").textContent = `${t("temperature")} ${number(chat.temperature)}`;
+  const model = modelTemperature(chat.temperature, service.temperature_mapping);
+  $("warmth").textContent = `${t("temperature")} ${number(chat.temperature)} → ${number(model)}`;
 }
 
 async function addFiles(list) {
@@ -336,7 +337,7 @@ function set(changes) {
 function toggleTools() {
   const on = !chat.tools.on;
   set({ tools: { on, text: chat.tools.text || EXAMPLE_TOOLS } });
-  if (on && !$("settings").open) { $("settings").showModal(); $("tools-text").focus(); }
+  if (on && !$("settings").open) { $("settings").showModal(); $("tools-text").focus(); $("tools-text").setSelectionRange(0, 0); }
 }
 
 $("system").addEventListener("input", () => set({ system: $("system").value }));

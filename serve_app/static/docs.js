@@ -29,8 +29,11 @@ function rules(schema) {
   } else if (size(low ?? null) !== null) words.push(`${"exclusiveMinimum" in found ? ">" : "≥"} ${low}`);
   const least = found.minLength ?? found.minItems ?? found.minProperties;
   const most = found.maxLength ?? found.maxItems ?? found.maxProperties;
-  if (least !== undefined || most !== undefined) words.push(`# ${least ?? 0}…${most ?? ""}`);
-  if (found.pattern) words.push(found.pattern);
+  if (least !== undefined || most !== undefined) {
+    const unit = t(found.type === "string" ? "characters" : "items");
+    words.push(most === undefined ? `≥ ${least} ${unit}` : `${least === undefined ? "≤" : `${least}–`}${least === undefined ? " " : ""}${most} ${unit}`);
+  }
+  if (found.pattern) words.push(`/${found.pattern}/`);
   if (schema.default !== undefined && schema.default !== null) words.push(`${t("default")} ${JSON.stringify(schema.default)}`);
   return words;
 }
@@ -62,7 +65,7 @@ const verb = (method) => h("span", { class: `verb ${method}` }, method.toUpperCa
 
 function operation({ id, path, method, found }) {
   const parts = [h("h2", {}, verb(method), path)];
-  if (found.description) parts.push(h("p", {}, found.description.split("\n\n").map((text) => text.replace(/\s+/g, " ")).join(" ")));
+  if (found.description || found.summary) parts.push(h("p", {}, (found.description ?? found.summary).split("\n\n").map((text) => text.replace(/\s+/g, " ")).join(" ")));
   const parameters = found.parameters ?? [];
   if (parameters.length) {
     parts.push(...table(t("parameters"), parameters.map((one) => h("tr", {}, h("td", {}, h("code", {}, one.name)),

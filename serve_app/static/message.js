@@ -97,9 +97,9 @@ function resultForm(calls, onresults) {
 }
 
 function trouble(failure, onretry, onkey) {
-  const wait = failure.retryAfter ? ` ${t("failedWait", { n: number(failure.retryAfter) })}` : "";
+  const wait = failure.retryAfter ? t("failedWait", { n: number(failure.retryAfter) }) : "";
   const box = h("div", { class: "trouble", role: "alert" }, h("b", {}, t(FAILURES[failure.kind] ?? "failedServer")),
-    failure.detail || wait ? h("p", { class: "small" }, `${failure.detail}${wait}`) : null);
+    ...[failure.detail, wait].filter(Boolean).map((text) => h("p", { class: "small" }, text)));
   const buttons = [];
   if (failure.kind === "key") buttons.push(h("button", { type: "button", class: "button", onclick: onkey }, icon("key"), t("enterKey")));
   if (onretry) buttons.push(h("button", { type: "button", class: "button", onclick: onretry }, icon("retry"), t("retry")));
@@ -121,7 +121,7 @@ function under(message, onretry) {
   if (usage) {
     const cached = usage.prompt_cache_hit_tokens ?? usage.prompt_tokens_details?.cached_tokens ?? 0;
     notes.push(t("usage", { prompt: number(usage.prompt_tokens), cached: number(cached), output: number(usage.completion_tokens) }));
-    if (message.seconds > 0 && usage.completion_tokens > 1) {
+    if (message.seconds > 0.3 && usage.completion_tokens > 1) {
       notes.push(t("speed", { n: number(Math.round(usage.completion_tokens / message.seconds)) }));
     }
   }

@@ -80,7 +80,7 @@ const usable = () => (service.signed_in || service.local ? key() : null);
 function fact(name, value, note = "") {
   const button = iconButton("copy", "copy", () => copy(button, value));
   button.setAttribute("aria-label", `${t("copy")}: ${name}`);
-  return h("div", {}, h("dt", {}, note ? `${name}, ${note}` : name), h("dd", { class: "value" }, h("code", {}, value), button));
+  return h("div", {}, h("dt", {}, name, ...(note ? [h("br"), h("span", {}, note)] : [])), h("dd", { class: "value" }, h("code", {}, value), button));
 }
 
 function draw() {
@@ -91,7 +91,7 @@ function draw() {
   const facts = [fact(t("address"), `${base}/v1`, t("addressHere"))];
   if (service.public_url) facts.push(fact(t("addressPublic"), `${service.public_url.replace(/\/$/, "")}/v1`));
   facts.push(fact(t("modelName"), service.model));
-  for (const alias of service.aliases) facts.push(fact(t("modelName"), alias, t("modelAlias")));
+  for (const alias of service.aliases) facts.push(fact(t("modelAlias"), alias));
   $("facts").replaceChildren(...facts);
   const limit = (name, value) => h("div", {}, h("dt", {}, t(name)), h("dd", {}, value));
   $("limit-list").replaceChildren(
@@ -110,7 +110,11 @@ function drawKey() {
   $("key").hidden = !value;
   $("sign-in").hidden = Boolean(value);
   $("key-why").textContent = t(value ? (service.local && !service.signed_in ? "keyLocal" : "keyYours") : "keyHidden");
-  if (!value) return;
+  if (!value) {
+    shown = false;
+    $("key-text").textContent = "";
+    return;
+  }
   $("key-text").textContent = shown ? value : masked(value);
   const copying = iconButton("copy", "copy", () => copy(copying, value));
   copying.setAttribute("aria-label", `${t("copy")}: ${t("apiKey")}`);
@@ -147,8 +151,8 @@ function drawState() {
   $("state").dataset.state = state.name;
   $("state-text").textContent = t(words[state.name]);
   if (state.age !== undefined) {
-    const age = t("seconds", { n: number(Math.max(0, Math.round(state.age))) });
-    $("state-text").append(h("span", { class: "aside" }, ` · ${t("stateFresh", { age })}`));
+    const age = t("seconds", { n: number(Math.round(state.age)) });
+    $("state-text").append(h("span", { class: "aside" }, ` · ${state.age < 1 ? t("stateNow") : t("stateFresh", { age })}`));
   }
   const why = state.name === "gone" ? t("stateGoneWhy") : (state.why ?? "");
   $("state-why").textContent = why;

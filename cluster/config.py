@@ -58,6 +58,9 @@ class ApiSettings(Section):
     default_output_tokens: int = Field(default=4096, ge=1)  # when the caller names none
     keys: tuple[str, ...] = ()  # accepted without limits, beside those of the key file
     key_file: Path | None = None  # of `rayseek keys`; None: ~/.config/rayseek/keys.yaml
+    # Part of the engine that one key may fill while another asks now and then: lower means quicker
+    # first tokens for the other, and less throughput for the one.
+    crowd: float = Field(default=0.25, gt=0, le=1)
     max_waiting: int = Field(default=1024, ge=1)  # sequences of one key that may queue; then 503
     body_limit_mib: float = Field(default=8, gt=0)
     keep_alive_s: float = Field(default=10, gt=0)  # a comment line in streams that wait

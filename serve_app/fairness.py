@@ -7,7 +7,9 @@ at the present virtual time: idling saves up nothing.
 
 The engine is never given more than it can run at once, so nothing queues up behind it. While
 others have keys too, no key alone may take more than three quarters of that: somebody who
-asks now does not have to wait until a flood's long answers end.
+asks now does not have to wait until a flood's long answers end. And while somebody with modest
+needs is there, a key may take no more than `crowd` of it: how long an answer's first token takes is
+how long the engine's steps are, and those grow with what runs in them.
 
 `FairEngine` is the same as an engine: it holds requests back, and counts what they use.
 """
@@ -27,6 +29,7 @@ from rayseek.serve_app.limits import Lease
 
 FIRST_GUESS = 256.0  # tokens of an answer, before a key has had one
 MEMORY = 0.2  # weight of the newest answer in a key's mean
+PRESENT_S = 10.0  # a key that asked this recently is there
 
 
 @dataclass(slots=True, eq=False)
@@ -45,16 +48,18 @@ class _Flow:
     """What is known of one key."""
 
     clock: float = 0.0
+    asked: float = -math.inf  # time of the last request
     running: int = 0
     waiting: list[tuple[int, int, Ticket]] = field(default_factory=list)  # heap: priority, arrival
     answer: float = FIRST_GUESS  # mean tokens of an answer
 
 
 class FairQueue:
-    """Which request goes to the engine next. Not more than `slots` are there at once."""
+    """Which request goes to the engine next. Times are arguments, in seconds."""
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
+    def __init__(self, slots: int, crowd: float = 1.0) -> None:
+        """Not more than `slots` are at the engine at once."""
+        self.slots, self._crowd = slots, max(1, int(slots * crowd))
         self._now = 0.0  # virtual time: the clock of the key that was served last
         self._flows: dict[str, _Flow] = {}
         self._arrivals = 0
@@ -66,17 +71,22 @@ class FairQueue:
     def running(self, key: str) -> int:
         return self._flows[key].running if key in self._flows else 0
 
-    def push(self, ticket: Ticket, priority: int = 0) -> None:
+    def push(self, ticket: Ticket, now: float, priority: int = 0) -> None:
         """Among one key's own requests a lower `priority` goes first, then the earlier one."""
         flow = self._flows.setdefault(ticket.key, _Flow(self._now))
+        flow.asked = now
         self._arrivals += 1
         heapq.heappush(flow.waiting, (priority, self._arrivals, ticket))
 
-    def pop(self, several_keys: bool) -> Ticket | None:
-        """The next request to start; None if all must wait. `several_keys`: hold a reserve."""
+    def pop(self, now: float, several_keys: bool) -> Ticket | None:
+        """The next request to start; None if all must wait. Not `several_keys`: no reserve."""
         if self._running >= self.slots:
             return None
         most = max(1, self.slots * 3 // 4) if several_keys else self.slots
+        # Modest: it asked a moment ago, and got all it wanted.
+        modest = [f for f in self._flows.values() if not f.waiting and now - f.asked < PRESENT_S]
+        if modest:
+            most = min(most, self._crowd)
         ready = [flow for flow in self._flows.values() if flow.waiting and flow.running < most]
         if not ready:
             return None
@@ -112,10 +122,11 @@ class FairEngine:
         slots: int,
         max_waiting: int,
         several_keys: Callable[[], bool],
+        crowd: float = 1.0,
     ) -> None:
         """`slots`: sequences the engine may have at once; `max_waiting`: of one key, at most."""
         self._engine, self._several_keys = engine, several_keys
-        self._queue = FairQueue(slots)
+        self._queue = FairQueue(slots, crowd)
         self._max_waiting = max_waiting
         self._doors: dict[Ticket, asyncio.Future[None]] = {}
         self._service_s: dict[str, float] = {}  # mean time that a key's request is at the engine
@@ -161,7 +172,7 @@ class FairEngine:
             )
         ticket = Ticket(key, len(request.prompt_ids), request.sampling.max_tokens)
         self._doors[ticket] = asyncio.get_running_loop().create_future()
-        queue.push(ticket, request.priority)
+        queue.push(ticket, time.monotonic(), request.priority)
         self._admit()
         return ticket
 
@@ -174,7 +185,8 @@ class FairEngine:
         self._admit()
 
     def _admit(self) -> None:
-        while (ticket := self._queue.pop(self._several_keys())) is not None:
+        now, several = time.monotonic(), self._several_keys()
+        while (ticket := self._queue.pop(now, several)) is not None:
             door = self._doors[ticket]
             if not door.done():  # cancelled in this very moment: it leaves by itself
                 door.set_result(None)

@@ -60,6 +60,7 @@ def api_settings(
         ingress_replicas=config.ingress.replicas,
         in_flight=-(-running // config.ingress.replicas),
         max_waiting=api.max_waiting,
+        crowd=api.crowd,
         temperature_mapping=api.temperature_mapping,
         max_output_tokens=api.max_output_tokens,
         default_output_tokens=api.default_output_tokens,

@@ -28,6 +28,7 @@ class Service:
             settings.in_flight,
             settings.max_waiting,
             several_keys=lambda: len(self.keys) > 1,
+            crowd=settings.crowd,
         )
 
     def check_model(self, key: Key, name: str) -> None:

@@ -22,6 +22,7 @@ class ApiSettings:
     key_file: Path | None = None  # of hashed keys with limits, see keys.py
     ingress_replicas: int = 1  # each gets an equal part of every key's limits
     in_flight: int = 64  # sequences this replica gives to the engine at once
+    crowd: float = 0.25  # of `in_flight`: what a key may hold while another has modest needs
     max_waiting: int = 1024  # sequences of one key that may wait here; one more is refused
     aliases: tuple[str, ...] = ()  # further names, such as "deepseek-chat"
     max_output_tokens: int = 8192  # the most a caller may ask for

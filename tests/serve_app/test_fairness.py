@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rayseek.cluster.request import Delta, FinishReason, Request, SamplingParams, Token
 from rayseek.cluster.request import RequestRefused as Refused
-from rayseek.serve_app.fairness import FairEngine, FairQueue, Ticket
+from rayseek.serve_app.fairness import PRESENT_S, FairEngine, FairQueue, Ticket
 from rayseek.serve_app.keys import Key, add_key
 from rayseek.serve_app.limits import Lease, Limiter
 from rayseek.serve_app.settings import ApiSettings
@@ -34,15 +34,17 @@ BODY = {"model": "deepseek-v3", "messages": [{"role": "user", "content": "Hi"}]}
 @given(st.integers(1, 9), st.booleans(), st.integers(0, 2**32))
 def test_slots_are_kept_and_used(slots: int, several: bool, seed: int) -> None:
     """Never too many, never one too few, whatever comes, ends and is cancelled."""
-    chance, queue = random.Random(seed), FairQueue(slots)
+    chance, queue, now = random.Random(seed), FairQueue(slots, crowd=0.5), 0.0
+    asked: dict[str, float] = {}
     waiting: list[Ticket] = []
     running: list[Ticket] = []
-    most = max(1, slots * 3 // 4) if several else slots
     for _ in range(150):
+        now += chance.random() * 3
         match chance.randrange(4):
             case 0 | 1:
                 ticket = Ticket(chance.choice("abc"), chance.randrange(1, 999), 500)
-                queue.push(ticket, chance.randrange(-1, 2))
+                queue.push(ticket, now, chance.randrange(-1, 2))
+                asked[ticket.key] = now
                 waiting.append(ticket)
             case 2 if running:
                 ticket = running.pop(chance.randrange(len(running)))
@@ -50,13 +52,20 @@ def test_slots_are_kept_and_used(slots: int, several: bool, seed: int) -> None:
             case 3 if waiting:
                 ticket = waiting.pop(chance.randrange(len(waiting)))
                 queue.remove(ticket, 0, whole=False)
-        while (popped := queue.pop(several)) is not None:
+        while True:
+            wanting = {ticket.key for ticket in waiting}
+            modest = [k for k, at in asked.items() if now - at < PRESENT_S and k not in wanting]
+            most = max(1, slots * 3 // 4) if several else slots
+            most = min(most, max(1, slots // 2)) if modest else most
+            held = Counter(ticket.key for ticket in running)
+            popped = queue.pop(now, several)
+            may = [ticket for ticket in waiting if held[ticket.key] < most]
+            assert (popped is not None) == (len(running) < slots and may != [])
+            if popped is None:
+                break
+            assert popped in may
             waiting.remove(popped)
             running.append(popped)
-        held = Counter(ticket.key for ticket in running)
-        assert len(running) <= slots and all(count <= most for count in held.values())
-        if len(running) < slots:
-            assert all(held[ticket.key] >= most for ticket in waiting)
         for key in "abc":
             assert queue.running(key) == held[key]
             assert queue.waiting(key) == sum(ticket.key == key for ticket in waiting)
@@ -70,11 +79,11 @@ def test_keys_that_always_wait_get_equal_work(slots: int, seed: int) -> None:
     size = {"small": 30, "large": 300}
     for key, tokens in size.items():
         for _ in range(3000):
-            queue.push(Ticket(key, tokens // 3, 4096))
+            queue.push(Ticket(key, tokens // 3, 4096), 0.0)
     served: Counter[str] = Counter()
     running: list[Ticket] = []
     for _ in range(1500):
-        while (ticket := queue.pop(several_keys=False)) is not None:
+        while (ticket := queue.pop(0.0, several_keys=False)) is not None:
             running.append(ticket)
         ticket = running.pop(chance.randrange(len(running)))
         made = chance.randrange(1, size[ticket.key])
@@ -88,16 +97,16 @@ def test_keys_that_always_wait_get_equal_work(slots: int, seed: int) -> None:
 def test_a_pause_earns_nothing_and_priorities_hold_within_a_key() -> None:
     queue = FairQueue(1)
     for _ in range(50):
-        queue.push(Ticket("busy", 100, 100))
+        queue.push(Ticket("busy", 100, 100), 0.0)
     for _ in range(40):
-        ticket = queue.pop(True)
+        ticket = queue.pop(0.0, True)
         assert ticket is not None
         queue.remove(ticket, 100, whole=True)
     for number, priority in enumerate((5, -5, 0, 0)):
-        queue.push(Ticket("late", 100, 100 + number), priority)
+        queue.push(Ticket("late", 100, 100 + number), 0.0, priority)
     order = []
     for _ in range(8):
-        ticket = queue.pop(True)
+        ticket = queue.pop(0.0, True)
         assert ticket is not None
         order.append(ticket)
         queue.remove(ticket, 100, whole=True)

@@ -12,6 +12,7 @@ import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import quote
 
 from rayseek.cluster.config import Config, ConfigFileError, load_config
 
@@ -148,6 +149,7 @@ def serve(arguments: argparse.Namespace) -> None:
                 f"\n  Rayseek serves {config.model.name}\n"
                 f"  API        {service.address}/v1\n"
                 f"  API key    {shown or f'one of those in {file}'}\n"
+                f"  Pages      {service.address}/{f'#key={quote(shown)}' if shown else ''}\n"
                 f"  Dashboard  {service.dashboard}\n"
                 f"  Logs       {service.logs}\n"
                 "  Stop with Ctrl-C.\n",

@@ -81,15 +81,18 @@ export async function* chunks(body, signal) {
   });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
+  let complete = false;
   try {
     for (;;) {
       const { done, value } = await reader.read();
+      if (done && complete) return;
       if (done) throw new Failure("cut");
       const events = (rest + value).split("\n\n");
       rest = events.pop();
       for (const event of events) {
         if (!event.startsWith("data: ")) continue; // a comment that keeps the line open
-        if (event === "data: [DONE]") return;
+        complete ||= event === "data: [DONE]";
+        if (complete) continue; // the end of the connection is near: hanging up would look like a stop
         const chunk = JSON.parse(event.slice(6));
         if (chunk.error) throw new Failure("server", chunk.error.message);
         yield chunk;

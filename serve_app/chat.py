@@ -8,6 +8,7 @@ from functools import partial
 from rayseek.serve_app.answer import Answer, ChatDialect, Head
 from rayseek.serve_app.engine_port import Engine
 from rayseek.serve_app.generation import encode, make_choices
+from rayseek.serve_app.grammar import grammar_of, wants_json
 from rayseek.serve_app.prompt import Message, default_system_prompt, in_call_order, render_chat
 from rayseek.serve_app.protocol import ChatRequest
 from rayseek.serve_app.settings import ApiSettings
@@ -26,7 +27,8 @@ async def chat_answer(
     )
     if default is not None and not any(message.role == "system" for message in messages):
         messages.insert(0, Message("system", default))
-    prompt = render_chat(messages, tools=body.template_tools())
+    grammar = await grammar_of(body, tokenizer)
+    prompt = render_chat(messages, tools=body.template_tools(), json_mode=wants_json(body))
     ids = await encode(tokenizer, [prompt])
     head = Head(body.model, settings)
     choices = make_choices(
@@ -36,6 +38,7 @@ async def chat_answer(
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         settings=settings,
         tokenizer=tokenizer,
+        grammar=grammar,
         banned=banned_in_chat(tokenizer, calls=body.may_call),
         parser_of=partial(ToolCallParser, tokenizer, parallel=body.parallel_tool_calls is not False)
         if body.may_call

@@ -93,6 +93,25 @@ PROMPT_SCHEMA = {
 }
 
 
+TOOL_CHOICE_SCHEMA = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required", None]},
+        {
+            "type": "object",
+            "properties": {
+                "type": {"const": "function"},
+                "function": {
+                    "type": "object",
+                    "properties": {"name": {"type": "string"}},
+                    "required": ["name"],
+                },
+            },
+            "required": ["type", "function"],
+        },
+    ]
+}
+
+
 class StreamOptions(StrictBody):
     include_usage: bool | None = None
 
@@ -204,8 +223,18 @@ class Tool(StrictBody):
     function: Function
 
 
+class JsonSchema(StrictBody):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="Missing: an object.")
+    strict: bool | None = Field(
+        None, description="Refuse a schema with keywords that cannot be enforced; else ignore them."
+    )
+
+
 class ResponseFormat(StrictBody):
     type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class ChatRequest(GenerationFields):
@@ -214,7 +243,7 @@ class ChatRequest(GenerationFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[Tool] | None = Field(None, max_length=128)
-    tool_choice: Any = Field(None, description="'none' or 'auto'.")
+    tool_choice: Annotated[Any, WithJsonSchema(TOOL_CHOICE_SCHEMA)] = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     continue_final_message: bool | None = None
@@ -266,17 +295,28 @@ class ChatRequest(GenerationFields):
         ]
 
     def check(self) -> None:
-        """What hangs on two fields, or is not served yet. Raises ApiError."""
+        """What hangs on two fields. Raises ApiError."""
         _check_stream_options(self)
         if self.top_logprobs is not None and not self.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", param="top_logprobs")
-        if self.response_format and self.response_format.type != "text":
-            raise _not_yet("response_format", "only type 'text'")
-        if self.tool_choice not in (None, "none", "auto"):
-            raise _not_yet("tool_choice", "only 'none' and 'auto'")
+        self._check_tools()
+
+    def _check_tools(self) -> None:
+        names: set[str] = set()
         for index, tool in enumerate(self.tools or ()):
-            if tool.function.strict:
-                raise _not_yet(f"tools[{index}].function.strict", "only false")
+            where, function = f"tools[{index}].function", tool.function
+            if function.name in names:
+                raise bad_request(
+                    f"{where}.name: tool names must be unique; {function.name!r} came before",
+                    param=f"{where}.name",
+                )
+            names.add(function.name)
+            kind = (function.parameters or {}).get("type", "object")
+            if kind != "object":
+                raise bad_request(
+                    f"{where}.parameters: must be a JSON schema of type 'object', not {kind!r:.80}",
+                    param=f"{where}.parameters",
+                )
 
 
 class CompletionRequest(GenerationFields):
@@ -300,10 +340,6 @@ class CompletionRequest(GenerationFields):
             raise bad_request("echo and logprobs exclude each other here", param="echo")
         if self.echo and not all(isinstance(p, str) for p in self.prompt):
             raise bad_request("with echo the prompt must be text", param="echo")
-
-
-def _not_yet(param: str, allowed: str) -> Exception:
-    return bad_request(f"{param}: not supported yet by this server; {allowed}", param=param)
 
 
 def _check_stream_options(body: GenerationFields) -> None:

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -35,7 +35,7 @@ BEGIN, END, CALL, CLOSE, SEP = (
 LETTERS = {BEGIN: "\ue000", END: "\ue001", CALL: "\ue002", CLOSE: "\ue003", SEP: "\ue004"}
 Message = tuple[str, list[tuple[str, str]], str]  # content, (name, arguments) of calls, finish
 FEW = hypothesis_settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200
 )
 
 
@@ -216,12 +216,35 @@ def mangled(draw: st.DrawFn) -> list[Any]:
     return parts
 
 
-OUTPUTS = GOOD | mangled() | mangled() | ANY
+def some(*choices: list[Any]) -> st.SearchStrategy[list[Any]]:
+    return st.sampled_from(choices)
+
+
+# A broken smile (three of its four bytes) and the rest of one.
+SMI, LE = [20 + 0xF0, 20 + 0x9F, 20 + 0x98], [20 + 0x80]
+ODD_CALL = st.tuples(
+    some([CALL], [CALL, "function"], [CALL, *SMI], []),
+    some([SEP], [SEP], [SEP, "g", SEP], [SEP, *SMI, SEP, *LE], [Control.BOS], []),
+    some(["f"], [" f "], ["\n f\t"], [*SMI], [*SMI, *LE], ["f", Control.BOS, "f"], [SEP, "f"], []),
+    some(["\n"], ["\n \n"], [*LE, "\n"], []),
+    some(["```json\n"], ["```\n"], ["``` json \n"], ["```js"], ["```json"], ["``"], ["\n```"], []),
+    st.lists(CRUMB, max_size=4).filter(lambda crumbs: Control.EOS not in crumbs),
+    some(["\n```"], ["\n``"], [*SMI], []),
+    some([CLOSE], [CLOSE, "\n", *SMI], [END], [Control.EOS], []),
+).map(lambda parts: sum(parts, list[Any]()))
+ODD = st.builds(
+    lambda before, calls, end: sum([before, *calls, end], list[Any]()),
+    some([BEGIN], [], ["a check", *SMI, BEGIN], ["x", *SMI, SEP, *LE, "\n"]),
+    st.lists(ODD_CALL, min_size=1, max_size=3),
+    some([END, Control.EOS], [Control.EOS], ["tail"], []),
+)
+TEXT = some(["a", *SMI], ["a", *SMI, *LE, *SMI, Control.EOS], ["b", SEP, *SMI, Control.EOS])
+OUTPUTS = GOOD | GOOD | mangled() | mangled() | ANY | ODD | ODD | ODD | TEXT
 OPTIONS = st.fixed_dictionaries(
     {
         "max_tokens": st.just(400) | st.integers(1, 120),
         "parallel": st.booleans() | st.just(True),
-        "stop": st.sampled_from([(), (), (), ("check",), ("\n", "e"), ("x",)]),
+        "stop": st.sampled_from([(), (), (), ("check",), ("\n", "e"), ("x", "\ufffd")]),
         "logprobs": st.sampled_from([None, None, 0]),
     }
 )
@@ -263,8 +286,6 @@ def read_calls(rest: str, parallel: bool) -> tuple[list[tuple[str, str]], int, b
     calls: list[tuple[str, str]] = []
     closed, state, name = 0, "between", ""
     while rest:
-        if closed and not parallel:
-            return calls, closed, True
         letter, rest = rest[0], rest[1:]
         if letter == end:
             return calls, closed, True
@@ -276,6 +297,8 @@ def read_calls(rest: str, parallel: bool) -> tuple[list[tuple[str, str]], int, b
             if state == "name" and name.strip():
                 calls.append((name.strip(), ""))
                 closed += 1
+                if not parallel:
+                    return calls, closed, True
             state = "between"
         elif state == "name" and letter == "\n" and name.strip():
             inside, ending, rest = rest.partition(close)
@@ -284,12 +307,12 @@ def read_calls(rest: str, parallel: bool) -> tuple[list[tuple[str, str]], int, b
             complete = bool(early) or text.endswith("\n```")
             closed += complete or bool(ending)
             calls.append((name.strip(), as_text(body if early else text.removesuffix("\n```"))))
-            if early:
+            if early or (ending and not parallel):
                 return calls, closed, True
             state = "between"
         elif state == "name":
             name += letter
-    return calls, closed, bool(closed) and not parallel
+    return calls, closed, False
 
 
 def without_fence(text: str) -> str:
@@ -402,6 +425,11 @@ def check_splits(
 
 
 @FEW
+@example(  # a stop string that only the end completes
+    ["a", *SMI],
+    {"max_tokens": 400, "parallel": True, "stop": ("\ufffd",), "logprobs": None},
+    Random(1),
+)
 @given(parts=OUTPUTS, options=OPTIONS, random=st.randoms(use_true_random=False))
 def test_every_split_of_every_output_gives_the_same_message(
     api: Any, small: Tokenizer, settings: ApiSettings, parts: list[Any],
@@ -410,7 +438,7 @@ def test_every_split_of_every_output_gives_the_same_message(
     check_splits(api, small, settings, parts, options, random, 8)
 
 
-@FEW
+@hypothesis_settings(FEW, max_examples=60)
 @given(parts=GOOD | mangled(), options=OPTIONS, random=st.randoms(use_true_random=False))
 def test_the_same_with_the_tokens_of_v3(
     api: Any, v3: Tokenizer, settings: ApiSettings, parts: list[Any],

@@ -78,6 +78,7 @@ class CallFunction(Said):
 
 
 class Call(Said):
+    index: int = Field(ge=0)
     id: str
     type: Literal["function"]
     function: CallFunction

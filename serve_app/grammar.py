@@ -177,8 +177,6 @@ def _tool_form(index: int, parameters: dict[str, Any] | None, strict: bool) -> F
     param = f"tools[{index}]"
     if parameters is None:
         parameters = {"additionalProperties": False} if strict else {}
-    if strict and parameters.get("type", "object") != "object":
-        raise bad_request(f"{param}: parameters must be of type 'object'", param=param)
     schema = {**parameters, "type": "object"}
     return Form(param, _written(schema, param, strict=strict), replaceable=not strict)
 

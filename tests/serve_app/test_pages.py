@@ -21,8 +21,10 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from pydantic import ValidationError
 from starlette.requests import Request
 
+from rayseek.cluster.config import Config
 from rayseek.serve_app import pages
 from rayseek.serve_app.prompt import as_text
 from rayseek.serve_app.settings import ApiSettings
@@ -204,6 +206,17 @@ async def test_operators_system_prompt(api: Any, small: Tokenizer, settings: Api
         assert alone.startswith(f"{bos}{start}") and ("<｜User｜>Q" in alone)
         assert (alone == f"{bos}<｜User｜>Q<｜Assistant｜>") is (choice == "none")
         assert own == f"{bos}Mine<｜User｜>Q<｜Assistant｜>"
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "bad"),
+    [("api", "time_zone", "Asia/Atlantis"), ("api", "time_zone", "../../etc/passwd"),
+     ("pages", "public_url", "v3.example.com"), ("pages", "public_url", "javascript:alert(1)"),
+     ("pages", "dashboard_url", "javascript:alert(1)")],
+)  # fmt: skip
+def test_config_refuses(section: str, field: str, bad: str) -> None:
+    with pytest.raises(ValidationError):
+        Config.model_validate({section: {field: bad}})
 
 
 def small_bos(tokenizer: Tokenizer) -> tuple[str]:

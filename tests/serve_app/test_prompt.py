@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from rayseek.serve_app.prompt import (
     Message,
     ToolCall,
     as_text,
+    default_system_prompt,
     in_call_order,
     render_chat,
     render_fim,
@@ -227,3 +229,28 @@ def test_prefix_after_tool_results_follows_them_directly() -> None:
         Message("assistant", "So", prefix=True),
     ]
     assert render_chat(messages)[-2:] == (Control.OUTPUTS_END, "So")
+
+
+@pytest.mark.parametrize(
+    ("now", "zone", "date"),
+    [
+        (datetime(2025, 3, 24, 3, tzinfo=UTC), "Asia/Shanghai", "3月24日，星期一"),  # the card's
+        (datetime(2025, 3, 23, 15, 59, tzinfo=UTC), "Asia/Shanghai", "3月23日，星期日"),
+        (datetime(2025, 3, 23, 16, 0, tzinfo=UTC), "Asia/Shanghai", "3月24日，星期一"),
+        (datetime(2025, 3, 23, 16, 0, tzinfo=UTC), "UTC", "3月23日，星期日"),
+        (datetime(2025, 1, 1, 4, tzinfo=UTC), "America/New_York", "12月31日，星期二"),
+        (datetime(2024, 2, 29, 1, tzinfo=timezone(timedelta(hours=-9))), "UTC", "2月29日，星期四"),
+    ],
+)
+def test_deepseeks_system_prompt_has_the_day_of_its_zone(
+    now: datetime, zone: str, date: str
+) -> None:
+    assert default_system_prompt("deepseek", now, zone) == (
+        f"该助手为DeepSeek Chat，由深度求索公司创造。\n今天是{date}。"
+    )
+
+
+def test_operators_own_system_prompt_or_none() -> None:
+    now = datetime.now(UTC)
+    assert default_system_prompt("none", now, "UTC") is None
+    assert default_system_prompt("Today is {date}.", now, "UTC") == "Today is {date}."

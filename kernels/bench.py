@@ -105,16 +105,23 @@ class Model:
         self.layers = [random_layer(ops, dense=i == 0) for i in range(LAYERS)]
         self.head = ops.pack(random_weight(VOCAB, HIDDEN))
         self.cos_sin = yarn_cos_sin(4096, ROPE, 1e4, 40, 4096)
-        self.pages = [torch.randn(page_count, PAGE, LATENT + ROPE) for _ in range(LAYERS)]
+        self.pages = [ops.new_pages(page_count, LATENT + ROPE) for _ in range(LAYERS)]
+        slots = torch.arange(page_count * PAGE)
+        for pages, layer in zip(self.pages, self.layers, strict=True):
+            ops.store_latents(
+                torch.randn(len(slots), LATENT + ROPE), layer.kv_norm, self.cos_sin,
+                torch.zeros(len(slots), dtype=torch.int32), slots, pages,
+            )  # fmt: skip
 
     def attend(self, layer: Layer, pages: Tensor, x: Tensor, rows: Rows) -> Tensor:
         ops, cos_sin, position = self.ops, self.cos_sin, rows.position
         a = ops.linear(x, layer.qkv_a, layer.norm)
         q = ops.linear(a[:, :Q_LORA], layer.q_b, layer.q_norm).view(-1, HEADS, NOPE + ROPE)
         ops.store_latents(a[:, Q_LORA:], layer.kv_norm, cos_sin, position, rows.slot, pages)
-        absorbed = ops.absorb(q, layer.w_uk, cos_sin, position)
-        u = ops.mla_attention(absorbed, pages, rows.table, rows.sequence, position, SCALE, LATENT)
-        return ops.linear(ops.unabsorb(u, layer.w_uv), layer.o, None, x)
+        heads = ops.attend(
+            q, layer.w_uk, layer.w_uv, cos_sin, pages, rows.table, rows.sequence, position, SCALE
+        )
+        return ops.linear(heads, layer.o, None, x)
 
     def forward(self, x: Tensor, rows: Rows, out: Tensor) -> Tensor:
         ops = self.ops
@@ -149,8 +156,6 @@ def time_operations(model: Model, sequences: int, new: int, context: int) -> dic
     x, h = torch.randn(t, HIDDEN), torch.randn(t, HIDDEN)
     a = ops.linear(x, layer.qkv_a, layer.norm)
     q = ops.linear(a[:, :Q_LORA], layer.q_b, layer.q_norm).view(-1, HEADS, NOPE + ROPE)
-    absorbed = ops.absorb(q, layer.w_uk, cos_sin, rows.position)
-    u = torch.randn(t, HEADS, LATENT)
     v = torch.randn(t, HEADS * VALUE)
     logits = torch.randn(t, EXPERTS)
     bias = torch.zeros(EXPERTS)
@@ -176,15 +181,21 @@ def time_operations(model: Model, sequences: int, new: int, context: int) -> dic
             6 * t * 576,
             8 * t * 576,
         ),
-        "absorb": (lambda: ops.absorb(q, layer.w_uk, cos_sin, rows.position), *of(512, 128, 8)),
-        "mla_attention": (
-            lambda: ops.mla_attention(
-                absorbed, pages, rows.table, rows.sequence, rows.position, SCALE, LATENT
-            ),
-            2 * keys * HEADS * (576 + 512),
-            4 * 576 * sequences * (context + new),
+        "attend": (
+            lambda: ops.attend(
+                q,
+                layer.w_uk,
+                layer.w_uv,
+                cos_sin,
+                pages,
+                rows.table,
+                rows.sequence,
+                rows.position,
+                SCALE,
+            ),  # fmt: skip
+            2 * keys * HEADS * (576 + 512) + 2 * of(512, 128, 8)[0],
+            4 * 576 * sequences * (context + new) + 2 * of(512, 128, 8)[1],
         ),
-        "unabsorb": (lambda: ops.unabsorb(u, layer.w_uv), *of(128, 512, 8)),
         "route": (lambda: ops.route(logits, bias, GROUPS, KEEP, TOP_K, True, 2.5), 0, 0),
         "mlp (shared)": (lambda: ops.mlp(h, layer.gate_up, layer.down), *of(expert, 1)),
         "experts": (

@@ -17,7 +17,7 @@ from rayseek.kernels.native_weights import (
     pack_latent_heads,
     pack_matrix,
 )
-from rayseek.kernels.ops import Norm, Weight
+from rayseek.kernels.ops import PAGE_TOKENS, Norm, Weight
 
 
 class NativeOps:
@@ -77,52 +77,44 @@ class NativeOps:
         )  # fmt: skip
         return out
 
+    def new_pages(self, count: int, width: int) -> Tensor:
+        return torch.zeros(count, -(-width // 16), PAGE_TOKENS, 16, dtype=torch.int32)
+
+    def read_latents(self, pages: Tensor, page_ids: Tensor, width: int) -> Tensor:
+        _check_pages(pages, width)
+        out = torch.empty(len(page_ids), PAGE_TOKENS, width)
+        for page, rows in zip(page_ids.tolist(), out, strict=True):
+            self.library.rs_read_latents(pages[page].data_ptr(), width, rows.data_ptr())
+        return out.flatten(0, 1)
+
     def store_latents(
         self, ckr_TX: Tensor, norm: Norm, cos_sin_PR: Tensor, positions_T: Tensor,
         slots_T: Tensor, pages: Tensor,
     ) -> None:  # fmt: skip
         latent, rope = norm.weight_K.shape[0], cos_sin_PR.shape[1]
         x = _rows(ckr_TX, latent + rope)
-        _check_writable(pages, "pages", latent + rope)
+        _check_pages(pages, latent + rope)
         self.library.rs_store_latents(
             x.data_ptr(), x.stride(0), x.shape[0], latent, rope, norm.weight_K.data_ptr(),
             norm.eps, cos_sin_PR.data_ptr(), positions_T.data_ptr(), slots_T.data_ptr(),
             pages.data_ptr(),
         )  # fmt: skip
 
-    def absorb(
-        self, q_THW: Tensor, w_uk: NativeWeight, cos_sin_PR: Tensor, positions_T: Tensor
-    ) -> Tensor:
+    def attend(
+        self, q_THW: Tensor, w_uk: NativeWeight, w_uv: NativeWeight, cos_sin_PR: Tensor,
+        pages: Tensor, page_table_BP: Tensor, sequence_T: Tensor, positions_T: Tensor,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
         rows, heads, _ = q_THW.shape
         rope = cos_sin_PR.shape[1]
         q = _rows(q_THW, w_uk.k + rope).contiguous()
-        out = torch.empty(rows, heads, w_uk.n + rope)
-        self.library.rs_absorb(
-            q.data_ptr(), rows, rope, w_uk.address, cos_sin_PR.data_ptr(),
-            positions_T.data_ptr(), out.data_ptr(),
-        )  # fmt: skip
-        return out
-
-    def mla_attention(
-        self, q_THX: Tensor, pages: Tensor, page_table_BP: Tensor, sequence_T: Tensor,
-        positions_T: Tensor, scale: float, latent: int,
-    ) -> Tensor:  # fmt: skip
-        rows, heads, width = q_THX.shape
-        q = _rows(q_THX, width).contiguous()
-        _check_writable(pages, "pages", width)
-        out = torch.empty(rows, heads, latent)
-        self.library.rs_attention(
-            q.data_ptr(), rows, heads, width, latent, pages.data_ptr(), page_table_BP.data_ptr(),
-            page_table_BP.shape[1], sequence_T.data_ptr(), positions_T.data_ptr(), scale,
-            out.data_ptr(),
-        )  # fmt: skip
-        return out
-
-    def unabsorb(self, u_THC: Tensor, w_uv: NativeWeight) -> Tensor:
-        rows, heads, latent = u_THC.shape
-        u = _rows(u_THC, latent).contiguous()
+        _check_pages(pages, w_uk.n + rope)
         out = torch.empty(rows, heads * w_uv.n)
-        self.library.rs_unabsorb(u.data_ptr(), rows, w_uv.address, out.data_ptr())
+        self.library.rs_attend(
+            q.data_ptr(), rows, rope, w_uk.address, w_uv.address, cos_sin_PR.data_ptr(),
+            positions_T.data_ptr(), sequence_T.data_ptr(), pages.data_ptr(),
+            page_table_BP.data_ptr(), page_table_BP.shape[1], scale, out.data_ptr(),
+        )  # fmt: skip
         return out
 
     def route(
@@ -185,4 +177,12 @@ def _check_writable(x: Tensor, name: str, width: int) -> None:
         raise ValueError(
             f"{name} must be float32 rows of {width} contiguous values, not {x.dtype} "
             f"{tuple(x.shape)}"
+        )
+
+
+def _check_pages(pages: Tensor, width: int) -> None:
+    if pages.shape[1:] != (-(-width // 16), PAGE_TOKENS, 16) or not pages.is_contiguous():
+        raise ValueError(
+            f"pages must come from new_pages(count, {width}), not have the shape "
+            f"{tuple(pages.shape)}"
         )

@@ -32,10 +32,9 @@ SIGNATURES: dict[str, list[Any]] = {
     "rs_rms_norm": [POINTER, LONG, LONG, LONG, POINTER, FLOAT, POINTER],
     "rs_store_latents": [POINTER, LONG, LONG, LONG, LONG, POINTER, FLOAT]
     + [POINTER, POINTER, POINTER, POINTER],
-    "rs_absorb": [POINTER, LONG, LONG, POINTER, POINTER, POINTER, POINTER],
-    "rs_attention": [POINTER, LONG, LONG, LONG, LONG, POINTER]
-    + [POINTER, LONG, POINTER, POINTER, FLOAT, POINTER],
-    "rs_unabsorb": [POINTER, LONG, POINTER, POINTER],
+    "rs_read_latents": [POINTER, LONG, POINTER],
+    "rs_attend": [POINTER, LONG, LONG, POINTER, POINTER, POINTER, POINTER, POINTER]
+    + [POINTER, POINTER, LONG, FLOAT, POINTER],
     "rs_route": [POINTER, LONG, LONG, LONG, POINTER, LONG, LONG, LONG, INT, FLOAT]
     + [POINTER, POINTER],
     "rs_mlp": [POINTER, LONG, LONG, POINTER, POINTER, POINTER],
@@ -79,7 +78,8 @@ def _build(target: str) -> Path:
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=False, timeout=BUILD_SECONDS
     ).stdout
-    key = [SOURCE.read_text(), *command, version, machine, _cpu()]
+    parts = [SOURCE, *sorted(SOURCE.parent.glob("native_*.h"))]
+    key = [*(part.read_text() for part in parts), *command, version, machine, _cpu()]
     name = hashlib.sha256("\0".join(key).encode()).hexdigest()[:24]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rayseek"
     path = folder / f"native-{name}.so"

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+PAGE_TOKENS = 64  # of a page of latents: DeepSeek's context-cache unit (spec section 6.5)
+
 
 @dataclass(frozen=True, slots=True)
 class Norm:
@@ -49,7 +51,7 @@ class Ops(Protocol):
         """Several matrices with the same K, one below the other: [sum of N, K]."""
 
     def pack_heads(self, kv_b: Weight, heads: int, nope: int, value: int) -> tuple[Any, Any]:
-        """kv_b_proj [H*(N+V), C] as (W_UK, W_UV) for `absorb` and `unabsorb` (spec 1.3)."""
+        """kv_b_proj [H*(N+V), C] as (W_UK, W_UV) for `attend` (spec 1.3)."""
 
     def linear(
         self, x_TK: Tensor, w: Any, norm: Norm | None = None, residual_TN: Tensor | None = None
@@ -58,29 +60,34 @@ class Ops(Protocol):
 
     def rms_norm(self, x_TD: Tensor, norm: Norm) -> Tensor: ...
 
+    def new_pages(self, count: int, width: int) -> Tensor:
+        """Empty pages of PAGE_TOKENS latents and keys, X = width; pages[i] is one block of memory.
+
+        The layout is the implementation's own, 4 bytes a value, rounded up to 16 values a token.
+        """
+
+    def read_latents(self, pages: Tensor, page_ids: Tensor, width: int) -> Tensor:
+        """What these pages hold, in their order: float32 [tokens, X]."""
+
     def store_latents(
         self, ckr_TX: Tensor, norm: Norm, cos_sin_PR: Tensor, positions_T: Tensor,
         slots_T: Tensor, pages: Tensor,
     ) -> None:  # fmt: skip
-        """Normalise the latent, rotate the key part, write rows into pages [P, 64, X] at slots.
+        """Normalise the latent, rotate the key part, write rows into pages at slots.
 
+        A slot is page * PAGE_TOKENS + offset. What is stored is within 2^-16 of float32.
         cos_sin_PR: float32 [max positions, R], cos of the R/2 pairs, then sin.
         """
 
-    def absorb(self, q_THW: Tensor, w_uk: Any, cos_sin_PR: Tensor, positions_T: Tensor) -> Tensor:
-        """q [T, H, N+R] -> [T, H, X]: (q_nope @ W_UK, rotated q_rope)."""
-
-    def mla_attention(
-        self, q_THX: Tensor, pages: Tensor, page_table_BP: Tensor, sequence_T: Tensor,
-        positions_T: Tensor, scale: float, latent: int,
+    def attend(
+        self, q_THW: Tensor, w_uk: Any, w_uv: Any, cos_sin_PR: Tensor, pages: Tensor,
+        page_table_BP: Tensor, sequence_T: Tensor, positions_T: Tensor, scale: float,
     ) -> Tensor:  # fmt: skip
-        """Softmax over the row's own sequence, positions 0..its own -> latents [T, H, C].
+        """q [T, H, N+R], its rotary part not yet rotated -> head outputs [T, H*V].
 
-        latent is C: of the X values of a page slot, those that are also the value.
+        Each row brings its queries into latent space (q_nope @ W_UK), sees its own sequence at
+        positions 0..its own, and takes the resulting latents out of it again (W_UV).
         """
-
-    def unabsorb(self, u_THC: Tensor, w_uv: Any) -> Tensor:
-        """Latents [T, H, C] -> head outputs [T, H*V]."""
 
     def route(
         self, logits_TE: Tensor, bias_E: Tensor, groups: int, keep_groups: int, top_k: int,

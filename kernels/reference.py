@@ -19,7 +19,7 @@ from rayseek.kernels.mla_attention import (
     split_heads_ref,
     unabsorb_ref,
 )
-from rayseek.kernels.ops import Norm, Weight
+from rayseek.kernels.ops import PAGE_TOKENS, Norm, Weight
 from rayseek.kernels.rms_norm import rms_norm_ref
 from rayseek.kernels.router import route_ref
 
@@ -51,26 +51,26 @@ class ReferenceOps:
     def rms_norm(self, x_TD: Tensor, norm: Norm) -> Tensor:
         return rms_norm_ref(x_TD, norm)
 
+    def new_pages(self, count: int, width: int) -> Tensor:
+        return torch.zeros(count, PAGE_TOKENS, width)
+
+    def read_latents(self, pages: Tensor, page_ids: Tensor, width: int) -> Tensor:
+        return pages[page_ids.long()].flatten(0, 1)
+
     def store_latents(
         self, ckr_TX: Tensor, norm: Norm, cos_sin_PR: Tensor, positions_T: Tensor,
         slots_T: Tensor, pages: Tensor,
     ) -> None:  # fmt: skip
         store_latents_ref(ckr_TX, norm, cos_sin_PR, positions_T, slots_T, pages)
 
-    def absorb(
-        self, q_THW: Tensor, w_uk: Tensor, cos_sin_PR: Tensor, positions_T: Tensor
-    ) -> Tensor:
-        return absorb_ref(q_THW, w_uk, cos_sin_PR, positions_T)
-
-    def mla_attention(
-        self, q_THX: Tensor, pages: Tensor, page_table_BP: Tensor, sequence_T: Tensor,
-        positions_T: Tensor, scale: float, latent: int,
+    def attend(
+        self, q_THW: Tensor, w_uk: Tensor, w_uv: Tensor, cos_sin_PR: Tensor, pages: Tensor,
+        page_table_BP: Tensor, sequence_T: Tensor, positions_T: Tensor, scale: float,
     ) -> Tensor:  # fmt: skip
-        return mla_attention_ref(
-            q_THX, pages, page_table_BP, sequence_T, positions_T, scale, latent
+        q_THX = absorb_ref(q_THW, w_uk, cos_sin_PR, positions_T)
+        u_THC = mla_attention_ref(
+            q_THX, pages, page_table_BP, sequence_T, positions_T, scale, w_uk.shape[2]
         )
-
-    def unabsorb(self, u_THC: Tensor, w_uv: Tensor) -> Tensor:
         return unabsorb_ref(u_THC, w_uv)
 
     def route(

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PAGE_TOKENS = 64  # tokens per KV page: DeepSeek's context-cache unit (spec section 6.5)
+from rayseek.kernels.ops import PAGE_TOKENS
+
+__all__ = ["PAGE_TOKENS", "Batch"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,24 +5,26 @@ MLA caches nothing else (spec section 1.8). Which page belongs to whom is `clust
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from rayseek.kernels.ops import Ops
 from rayseek.model.batch import PAGE_TOKENS
 from rayseek.model.config import ModelConfig
 
 
 class LatentCache:
-    """float32 pages [P, PAGE_TOKENS, C + R] for each of `layers` layers."""
+    """Pages as `ops` keeps them, for each of `layers` layers."""
 
-    def __init__(self, config: ModelConfig, num_pages: int, layers: int | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, num_pages: int, ops: Ops, layers: int | None = None
+    ) -> None:
         self.num_pages = num_pages
         self.layers: list[Tensor] = [
-            torch.zeros(num_pages, PAGE_TOKENS, config.latent_width)
+            ops.new_pages(num_pages, config.latent_width)
             for _ in range(config.num_hidden_layers if layers is None else layers)
         ]
 
     @staticmethod
     def page_bytes(config: ModelConfig) -> int:
         """Bytes of one page over all main layers."""
-        return config.num_hidden_layers * PAGE_TOKENS * config.latent_width * 4
+        return config.num_hidden_layers * PAGE_TOKENS * -(-config.latent_width // 16) * 16 * 4

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rayseek.kernels.ops import Norm, Ops
 from rayseek.kernels.rope import rotate_ref
-from rayseek.model.batch import Batch
+from rayseek.model.batch import PAGE_TOKENS, Batch
 from rayseek.model.checkpoint import Weights
 from rayseek.model.config import ModelConfig
 
@@ -55,7 +55,7 @@ class MLA:
         self.o = ops.pack(weights.weight(f"{attn}.o_proj.weight"))
 
     def __call__(self, x_TD: Tensor, batch: Batch, pages: Tensor, cos_sin_PR: Tensor) -> Tensor:
-        """x_TD float32 -> [T, D]; writes the rows' latents into `pages` [P, 64, X] first."""
+        """x_TD float32 -> [T, D]; writes the rows' latents into `pages` first."""
         ops, c = self.ops, self.config
         a = ops.linear(x_TD, self.q_and_kv_a, norm=self.input_norm)
         q, ckr_TX = a[:, : self.q_width], a[:, self.q_width :]
@@ -66,12 +66,10 @@ class MLA:
         if self.form == "naive":
             heads = self._naive(q_THW, batch, pages, cos_sin_PR)
         else:
-            q_THX = ops.absorb(q_THW, self.w_uk, cos_sin_PR, batch.positions_T)
-            u_THC = ops.mla_attention(
-                q_THX, pages, batch.page_table_BP, batch.sequence_T, batch.positions_T,
-                c.softmax_scale, c.kv_lora_rank,
+            heads = ops.attend(
+                q_THW, self.w_uk, self.w_uv, cos_sin_PR, pages, batch.page_table_BP,
+                batch.sequence_T, batch.positions_T, c.softmax_scale,
             )  # fmt: skip
-            heads = ops.unabsorb(u_THC, self.w_uv)
         return ops.linear(heads, self.o, residual_TN=x_TD)
 
     def _naive(self, q_THW: Tensor, batch: Batch, pages: Tensor, cos_sin_PR: Tensor) -> Tensor:
@@ -84,7 +82,9 @@ class MLA:
         for b in batch.sequence_T.unique().tolist():
             rows = (batch.sequence_T == b).nonzero().flatten()
             limit_T = batch.positions_T[rows].long()
-            cached_SX = pages[batch.page_table_BP[b].long()].flatten(0, 1)[: int(limit_T.max()) + 1]
+            length = int(limit_T.max()) + 1
+            used = batch.page_table_BP[b, : -(-length // PAGE_TOKENS)]
+            cached_SX = self.ops.read_latents(pages, used, c.latent_width)[:length]
             kv = self.ops.linear(cached_SX[:, : c.kv_lora_rank], self.kv_b)
             kv_SHW = kv.view(len(cached_SX), heads, nope + c.v_head_dim)
             kr_S1R = cached_SX[:, None, c.kv_lora_rank :].expand(-1, heads, -1)

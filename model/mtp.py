@@ -48,7 +48,7 @@ class MTPModule:
 
         batch: ids are the tokens at i + 1, positions those of the hidden states i.
         hidden_TD: the main model's states after its final norm, or this module's own output when
-        drafting further (spec 2.2: normed states are recycled). pages: [P, 64, X] of this module.
+        drafting further (spec 2.2: normed states are recycled). pages: of this module.
         """
         ops, main = self.ops, self.main
         embedded_TD = main.embed_VD[batch.ids_T].float()

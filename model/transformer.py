@@ -113,7 +113,7 @@ class CachedModel:
 
     def __init__(self, transformer: Transformer, num_pages: int) -> None:
         self.transformer = transformer
-        self.cache = LatentCache(transformer.config, num_pages)
+        self.cache = LatentCache(transformer.config, num_pages, transformer.ops)
 
     def __call__(self, batch: Batch) -> Tensor:
         return self.transformer(batch, self.cache)

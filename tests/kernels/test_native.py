@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rayseek.kernels.fp8 import quantise_blocks_ref
+from rayseek.kernels.mla_attention import mla_attention_ref
 from rayseek.kernels.native import NativeOps
 from rayseek.kernels.native_build import NativeUnavailableError
 from rayseek.kernels.ops import Norm, Weight
@@ -91,15 +92,30 @@ def test_heads_go_into_latent_space_and_back(
 ) -> None:
     heads, latent, t = 3, 160, 9
     kv_b = weight(5, heads * (nope + value), latent, kind)
-    w_uk, w_uv = ops.pack_heads(kv_b, heads, nope, value)
-    plain_uk, plain_uv = REFERENCE.pack_heads(kv_b, heads, nope, value)
-    q, u = randn(6, t, heads, nope + 8), randn(7, t, heads, latent)
+    q, cache = randn(6, t, heads, nope + 8), Cache([300], latent, 8)
     positions = torch.arange(t, dtype=torch.int32) * 37
-    close(
-        ops.absorb(q, w_uk, COS_SIN, positions),
-        REFERENCE.absorb(q, plain_uk, COS_SIN, positions),
-    )
-    close(ops.unabsorb(u, w_uv), REFERENCE.unabsorb(u, plain_uv))
+
+    def attended(by: Any) -> Tensor:
+        w_uk, w_uv = by.pack_heads(kv_b, heads, nope, value)
+        out: Tensor = by.attend(
+            q, w_uk, w_uv, COS_SIN, as_pages(by, cache.pages), cache.table,
+            torch.zeros(t, dtype=torch.int32), positions, 0.2,
+        )  # fmt: skip
+        return out
+
+    close(attended(ops), attended(REFERENCE), 3e-5)
+
+
+def as_pages(ops: Any, plain_PSX: Tensor) -> Tensor:
+    """The values in the layout of these operations, written down once more in plain torch."""
+    if ops.name == "reference":
+        return plain_PSX
+    high = plain_PSX.bfloat16()
+    rest = (plain_PSX - high.float()).bfloat16()
+    pairs = torch.stack([high, rest], dim=-1).view(torch.int16)
+    padded = torch.nn.functional.pad(pairs, (0, 0, 0, -plain_PSX.shape[-1] % 16))
+    blocks: Tensor = padded.unflatten(2, (-1, 16)).transpose(1, 2).contiguous()
+    return blocks.view(torch.int32).squeeze(-1)
 
 
 class Cache:
@@ -125,11 +141,15 @@ def test_attention_over_pages(ops: NativeOps, latent: int, rope: int, heads: int
     cache = Cache(lengths, latent, rope)
     rows = [(b, p) for b, length in enumerate(lengths) for p in range(max(0, length - 30), length)]
     sequence, position = torch.tensor(rows, dtype=torch.int32).T.contiguous()
-    q = randn(8, len(rows), heads, latent + rope)
-    for scale in (0.05, 0.3):
-        arguments = (cache.pages, cache.table, sequence, position, scale, latent)
-        exact = REFERENCE.mla_attention(q.double(), cache.pages.double(), *arguments[1:])
-        close(ops.mla_attention(q, *arguments), exact.float(), 3e-5)
+    q, still = randn(8, len(rows), heads, latent + rope), torch.zeros(400, rope)
+    still[:, : rope // 2] = 1  # no rotation, and W_UK = W_UV = 1: attention alone
+    ones = Weight(torch.eye(latent).repeat(2 * heads, 1).bfloat16())
+    w_uk, w_uv = ops.pack_heads(ones, heads, latent, latent)
+    for scale in (0.05, 0.3, 3.0):
+        rest = (cache.table, sequence, position, scale)
+        exact = mla_attention_ref(q.double(), cache.pages.double(), *rest, latent)
+        got = ops.attend(q, w_uk, w_uv, still, as_pages(ops, cache.pages), *rest)
+        close(got, exact.flatten(1).float(), 3e-5 if scale < 1 else 3e-4)
 
 
 def test_latents_are_stored_where_told(ops: NativeOps) -> None:
@@ -137,10 +157,14 @@ def test_latents_are_stored_where_told(ops: NativeOps) -> None:
     ckr, norm = randn(1, t, latent + 8 + 5)[:, 5:], Norm(randn(2, latent), 1e-6)
     slots = torch.randperm(3 * 64, generator=torch.Generator().manual_seed(3))[:t]
     positions = torch.arange(t, dtype=torch.int32) * 40
-    got, expected = torch.zeros(3, 64, latent + 8), torch.zeros(3, 64, latent + 8)
+    got, expected = ops.new_pages(3, latent + 8), REFERENCE.new_pages(3, latent + 8)
     ops.store_latents(ckr, norm, COS_SIN, positions, slots, got)
     REFERENCE.store_latents(ckr, norm, COS_SIN, positions, slots, expected)
-    close(got, expected)
+    which = torch.tensor([2, 0], dtype=torch.int32)
+    read = [each.read_latents(pages, which, latent + 8)
+            for each, pages in ((ops, got), (REFERENCE, expected))]  # fmt: skip
+    close(read[0], read[1], 8e-6)
+    close(ops.read_latents(as_pages(ops, expected), which, latent + 8), read[1], 8e-6)
     close(ops.rms_norm(ckr[:, :latent], norm), REFERENCE.rms_norm(ckr[:, :latent], norm))
 
 
@@ -184,6 +208,7 @@ class Layer:
         self.experts = ops.pack_experts(gate_up, down)
         self.norm = Norm(randn(3, self.d), 1e-6)
         self.cache = Cache([200, 130, 70], self.latent, 8)
+        self.pages = as_pages(ops, self.cache.pages)
         self.bias = randn(4, 8) * 0.1
 
 
@@ -193,16 +218,15 @@ def run_all(ops: Any, layer: Layer, seed: int, count: int, rows: Tensor) -> list
     sequence = torch.arange(count, dtype=torch.int32)[rows] * 3 // count
     position = (torch.arange(count, dtype=torch.int32)[rows] * 29) % 70
     q = randn(seed + 2, count, 3, layer.nope + 8)[rows]
-    absorbed = ops.absorb(q, layer.w_uk, COS_SIN, position)
-    cache = layer.cache
-    u = ops.mla_attention(absorbed, cache.pages, cache.table, sequence, position, 0.3, 40)
+    attended = ops.attend(
+        q, layer.w_uk, layer.w_uv, COS_SIN, layer.pages, layer.cache.table, sequence, position, 0.3
+    )
     ids, weights = ops.route(randn(seed + 3, count, 8)[rows], layer.bias, 4, 2, 3, True, 2.5)
     into = x.clone()
     ops.experts(x, ids, weights, layer.experts, into)
     mlp = ops.mlp(x, layer.gate_up, layer.down)
     linear = ops.linear(x, layer.w, layer.norm, residual)
-    return [linear, absorbed, u, ops.unabsorb(u, layer.w_uv), weights, ids, into, mlp,
-            ops.rms_norm(x, layer.norm)]  # fmt: skip
+    return [linear, attended, weights, ids, into, mlp, ops.rms_norm(x, layer.norm)]
 
 
 @kinds
@@ -240,9 +264,9 @@ def test_wrong_shapes_are_refused(ops: NativeOps) -> None:
     layer = Layer(ops, "bf16")
     with pytest.raises(ValueError, match="rows have 71 values, the weight takes 72"):
         ops.linear(torch.zeros(2, 71), layer.w)
-    with pytest.raises(ValueError, match="pages must be float32 rows of 48"):
-        ops.mla_attention(torch.zeros(1, 3, 48), torch.zeros(2, 64, 47), layer.cache.table,
-                          torch.zeros(1).int(), torch.zeros(1).int(), 1.0, 40)  # fmt: skip
+    with pytest.raises(ValueError, match=r"pages must come from new_pages\(count, 48\)"):
+        ops.attend(torch.zeros(1, 3, 24), layer.w_uk, layer.w_uv, COS_SIN, torch.zeros(2, 64, 48),
+                   layer.cache.table, torch.zeros(1).int(), torch.zeros(1).int(), 1.0)  # fmt: skip
     with pytest.raises(ValueError, match=r"expert ids must be 0\.\.7"):
         ids = torch.tensor([[8]], dtype=torch.int32)
         ops.experts(torch.zeros(1, 72), ids, torch.ones(1, 1), layer.experts, torch.zeros(1, 72))
@@ -252,4 +276,4 @@ def test_wrong_shapes_are_refused(ops: NativeOps) -> None:
 
 def test_no_rows_is_no_work(ops: NativeOps) -> None:
     none = torch.arange(0)
-    assert [len(out) for out in run_all(ops, Layer(ops, "bf16"), 0, 1, none)] == [0] * 9
+    assert [len(out) for out in run_all(ops, Layer(ops, "bf16"), 0, 1, none)] == [0] * 7

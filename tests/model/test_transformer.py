@@ -14,7 +14,7 @@ from torch import Tensor
 from rayseek.kernels.fp8 import dequantise_ref
 from rayseek.kernels.ops import Ops
 from rayseek.kernels.select import choose_ops
-from rayseek.model.batch import PAGE_TOKENS, Batch
+from rayseek.model.batch import Batch
 from rayseek.model.checkpoint import Checkpoint
 from rayseek.model.config import ModelConfig, Yarn
 from rayseek.model.inventory import owned_names
@@ -85,9 +85,9 @@ def ours(path: Path, ops: Ops, form: Form = "absorbed") -> Transformer:
 @torch.inference_mode()
 def run(model: Transformer, ids: list[int], chunks: list[int], pages: list[int]) -> Tensor:
     """Logits of every token, computed in chunks of the given sizes."""
-    cache = LatentCache(model.config, max(pages) + 1)
+    cache = LatentCache(model.config, max(pages) + 1, model.ops)
     for page in cache.layers:
-        page.fill_(torch.nan)  # what a slot held before must never matter
+        page.view(torch.float32).fill_(torch.nan)  # what a slot held before must never matter
     parts, start = [], 0
     for size in chunks:
         parts.append(
@@ -165,7 +165,7 @@ def test_rows_of_a_batch_do_not_see_each_other(tmp_path: Path, ops: Ops) -> None
     model = ours(make(tmp_path / "m", ODD, fp8=False), ops)
     prompts = [random_ids(ODD, n, seed=n) for n in (1, 63, 64, 65, 130)]
     pages = [[0], [1], [2], [3, 4], [7, 5, 6]]
-    cache = LatentCache(model.config, 8)
+    cache = LatentCache(model.config, 8, ops)
     together = model(Batch.of_sequences(prompts, [0] * 5, pages), cache)
     alone = torch.cat([run(model, ids, [len(ids)], [0, 1, 2]) for ids in prompts])
     assert (together - alone).abs().max() <= 1e-5 * alone.abs().max()
@@ -184,10 +184,10 @@ def test_mtp_module_follows_its_definition(tmp_path: Path, ops: Ops) -> None:
     ids = random_ids(config, 70)
     batch = Batch.of_sequences([ids[1:]], [0], [[1, 0]])
     hidden = ops.rms_norm(
-        model.hidden(Batch.of_sequences([ids[:-1]], [0], [[0, 1]]), LatentCache(config, 2)),
+        model.hidden(Batch.of_sequences([ids[:-1]], [0], [[0, 1]]), LatentCache(config, 2, ops)),
         model.final_norm,
     )
-    logits, normed = mtp(batch, hidden, torch.zeros(2, PAGE_TOKENS, config.latent_width))
+    logits, normed = mtp(batch, hidden, ops.new_pages(2, config.latent_width))
 
     def norm(x: Tensor, name: str) -> Tensor:
         w = weights.tensor(f"model.layers.{layer}.{name}.weight").float()
@@ -196,7 +196,7 @@ def test_mtp_module_follows_its_definition(tmp_path: Path, ops: Ops) -> None:
     embedded = weights.tensor("model.embed_tokens.weight")[ids[1:]].float()
     eh = weights.tensor(f"model.layers.{layer}.eh_proj.weight").float()
     x = torch.cat([norm(embedded, "enorm"), norm(hidden, "hnorm")], dim=1) @ eh.T
-    pages = torch.zeros(2, PAGE_TOKENS, config.latent_width)
+    pages = ops.new_pages(2, config.latent_width)
     y = mtp.block.feed_forward(mtp.block.attend(x, batch, pages, model.cos_sin_PR))
     expected = norm(y, "shared_head.norm")
     assert torch.allclose(normed, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

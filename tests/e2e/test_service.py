@@ -169,6 +169,16 @@ def test_vendor_curl_sample_verbatim(service: Service) -> None:
     )
 
 
+def test_conformance(service: Service) -> None:
+    """Every check of the public suite, against the real engine with random weights."""
+    done = subprocess.run(
+        [*RAYSEEK, "conformance", service.base, f"--key={service.key}"],
+        check=False, capture_output=True, text=True, timeout=240, env=service.environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("100 %\n") and "✗" not in done.stdout
+
+
 def test_key_file_is_private(service: Service) -> None:
     file = Path(service.environment["XDG_CONFIG_HOME"]) / "rayseek" / "api_key"
     assert file.stat().st_mode & 0o777 == 0o600

@@ -1,7 +1,7 @@
 """`rayseek conformance URL`: does an endpoint speak the V3 dialect? A score card by area.
 
 This file is the frame: HTTP by the standard library, the `check` decorator, the card. The checks
-stand in `conformance_text.py` and `conformance_form.py`. They are about form, so that a model of
+stand in `conformance_chat.py`, `_text.py` and `_form.py`. They are about form, so that a model of
 random weights can pass: the shape of answers, and that a stream says what the plain answer says.
 """
 
@@ -157,9 +157,10 @@ def check(id: str, sentence: str) -> Callable[[Callable[[Endpoint], None]], Chec
 
 
 def all_checks() -> list[Check]:
-    from rayseek.serve_app import conformance_form, conformance_text
+    from rayseek.serve_app import conformance_chat, conformance_form, conformance_text
 
-    assert conformance_form and conformance_text  # importing them registers their checks
+    # Importing them registers their checks.
+    assert conformance_chat and conformance_form and conformance_text
     return sorted(CHECKS, key=lambda made: AREAS.index(made.area))
 
 

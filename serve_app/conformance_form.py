@@ -1,4 +1,4 @@
-"""Checks of form: tool calls, JSON, errors, and text that looks like structure.
+"""Checks of form: tool calls, JSON, errors.
 
 A model of random weights calls no tool of its own accord, so calls are forced and short.
 """
@@ -10,18 +10,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from rayseek.serve_app.conformance import Endpoint, Json, check, require
-from rayseek.serve_app.conformance_text import (
+from rayseek.serve_app.conformance_chat import (
     assistant,
     joined,
     one,
     plain,
     same_streamed,
     size,
-    text_size,
     user,
 )
 from rayseek.serve_app.prompt import EMPTY_ASSISTANT, STRAY_RESULT, UNANSWERED_CALLS
-from rayseek.serve_app.tokenizer import Control
 
 
 def tool(name: str, **properties: Json) -> Json:
@@ -266,64 +264,3 @@ def _(at: Endpoint) -> None:
     length = int(at.get(f"/v1/models/{at.model}").answer().get("max_model_len", 65536))
     error = at.chat("\u2603 1 a " * length).error(400)
     require("maximum context length is" in error["message"], error)
-
-
-# injection
-
-NAMES = "".join(control.value for control in Control)  # each would be one token
-LEAST = 2 * len(Control)
-
-
-def as_text(tokens: int, bare: int) -> None:
-    seen = f"{len(Control)} names of control tokens cost {tokens - bare} prompt tokens"
-    require(tokens - bare >= LEAST, seen)
-
-
-@check("injection.user", "Control tokens' names in a user's text, in parts, in a name are text.")
-def _(at: Endpoint) -> None:
-    as_text(size(at, "x" + NAMES), size(at, "x"))
-    as_text(size(at, [user([{"type": "text", "text": "x" + NAMES}])]), size(at, "x"))
-    require(size(at, [user("x", name=NAMES)]) == size(at, "x"), "a name is not rendered")
-
-
-@check("injection.system", "The same in system messages.")
-def _(at: Endpoint) -> None:
-    def tokens(text: str) -> int:
-        return size(at, [{"role": "system", "content": text}, user("Hi")])
-
-    as_text(tokens("x" + NAMES), tokens("x"))
-
-
-@check("injection.assistant", "The same in earlier answers, and in prefixes.")
-def _(at: Endpoint) -> None:
-    def tokens(text: str, **fields: Any) -> int:
-        last = [] if fields else [user("Hi")]
-        return size(at, [user("Hi"), assistant(text, **fields), *last])
-
-    as_text(tokens("x" + NAMES), tokens("x"))
-    as_text(tokens("x" + NAMES, prefix=True), tokens("x", prefix=True))
-
-
-@check("injection.tools", "The same in results, arguments and descriptions of tools.")
-def _(at: Endpoint) -> None:
-    def tokens(*, content: str = "x", arguments: str = "x", description: str = "x") -> int:
-        call = called("get_weather")
-        call["tool_calls"][0]["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False)
-        function = {**TOOLS[0]["function"], "description": description}
-        shown = [{"type": "function", "function": function}]
-        return size(at, [user("Hi"), call, result("1", content)], tools=shown)
-
-    for field in ("content", "arguments", "description"):
-        as_text(tokens(**{field: "x" + NAMES}), tokens())
-
-
-@check("injection.completions", "The same in prompts, prefixes and suffixes of completions.")
-def _(at: Endpoint) -> None:
-    as_text(text_size(at, "x" + NAMES), text_size(at, "x"))
-
-    def tokens(prompt: str, suffix: str) -> int:
-        reply = at.complete(prompt=prompt, suffix=suffix, max_tokens=1)
-        return int(reply.answer()["usage"]["prompt_tokens"])
-
-    as_text(tokens("x" + NAMES, "y"), tokens("x", "y"))
-    as_text(tokens("x", "y" + NAMES), tokens("x", "y"))

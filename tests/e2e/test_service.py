@@ -17,10 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import psutil
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 from openai import AsyncOpenAI, OpenAI
+
+from rayseek.serve_app.chat_pb2 import ChatChunk, ChatRequest, Message
 from rayseek.serve_app.local import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -34,6 +39,7 @@ class Service:
     key: str
     environment: dict[str, str]
     port: int
+    grpc_port: int
     start_s: float
 
     @property
@@ -54,10 +60,12 @@ def start(model: Path, home: Path) -> Service:
         **os.environ, "XDG_CONFIG_HOME": str(home / "config"), "PYTHONUNBUFFERED": "1",
         "HOME": str(home),
     }  # fmt: skip
-    port = free_port()
+    port, grpc_port = free_port(), free_port()
+    config = home / "config.yaml"
+    config.write_text(f"ingress: {{grpc_port: {grpc_port}, host: 127.0.0.1}}\n")
     began = time.monotonic()
     process = subprocess.Popen(
-        [*RAYSEEK, "serve", "--model", str(model), "--port", str(port), "--host", "127.0.0.1"],
+        [*RAYSEEK, "serve", str(config), "--model", str(model), "--port", str(port)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
     )  # fmt: skip
     assert process.stdout is not None
@@ -70,7 +78,7 @@ def start(model: Path, home: Path) -> Service:
     key = re.search(r"sk-\w+", said)
     url = re.search(r"(http://\S+)/v1", said)
     assert key and url and "Dashboard  http://" in said, said
-    return Service(process, url[1], key[0], environment, port, time.monotonic() - began)
+    return Service(process, url[1], key[0], environment, port, grpc_port, time.monotonic() - began)
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +95,7 @@ def service(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         socket.create_connection(("127.0.0.1", running.port), timeout=1).close()
 
 
-VENDOR_SAMPLE = '''
+VENDOR_SAMPLE = """
 from openai import OpenAI
 
 ##### API Configuration #####
@@ -134,7 +142,7 @@ def main():
 
 if __name__ == "__main__":
     main()
-'''
+"""
 
 
 def test_vendor_python_sample_verbatim(service: Service) -> None:
@@ -145,6 +153,33 @@ def test_vendor_python_sample_verbatim(service: Service) -> None:
     model, _, text = done.stdout.decode().partition("\n")
     assert model == "deepseek-v3"
     assert len(text) > 100
+
+
+def test_grpc_says_what_http_says(service: Service) -> None:
+    """Through Serve's gRPC proxy, with the standard health service beside."""
+    request = ChatRequest(
+        model="deepseek-v3", messages=[Message(role="user", content="Hi")], max_tokens=16, seed=3
+    )
+    with (
+        OpenAI(api_key=service.key, base_url=service.base) as client,
+        grpc.insecure_channel(f"127.0.0.1:{service.grpc_port}") as channel,
+    ):
+        said = client.chat.completions.create(
+            model="deepseek-v3", messages=[{"role": "user", "content": "Hi"}], max_tokens=16, seed=3
+        )
+        stream = channel.unary_stream(
+            "/rayseek.v1.ChatService/ChatStream", ChatRequest.SerializeToString,
+            ChatChunk.FromString,
+        )  # fmt: skip
+        metadata = (("authorization", f"Bearer {service.key}"),)
+        chunks = list(stream(request, metadata=metadata, timeout=60))
+        assert "".join(chunk.content for chunk in chunks) == said.choices[0].message.content
+        assert chunks[-1].finish_reason == said.choices[0].finish_reason
+        with pytest.raises(grpc.RpcError) as refused:
+            list(stream(request, timeout=60))
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        health = HealthStub(channel).Check(HealthCheckRequest(), timeout=60)
+        assert health.status == HealthCheckResponse.SERVING
 
 
 def test_vendor_curl_sample_verbatim(service: Service) -> None:
@@ -189,7 +224,7 @@ def test_second_start_on_the_same_port_says_so(service: Service, tiny_path: Path
     done = subprocess.run(
         [*RAYSEEK, "serve", "--model", str(tiny_path), "--port", str(service.port),
          "--host", "127.0.0.1"],
-        capture_output=True, text=True, timeout=60, env=service.environment,
+        check=False, capture_output=True, text=True, timeout=60, env=service.environment,
     )  # fmt: skip
     assert done.returncode == 1
     assert f"cannot listen on 127.0.0.1:{service.port}" in done.stderr

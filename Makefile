@@ -2,7 +2,7 @@
 #
 #   make serve   start the service on this machine    make test    check and run all tests
 #   make check   format, lint, types; edits nothing   make fix     format and repair what can be
-#   make bench   measure                              make proto   regenerate cluster/tokens_pb2.py
+#   make bench   measure                              make proto   regenerate the *_pb2.py
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -34,6 +34,7 @@ bench: $(READY)
 
 proto: $(READY_DEV)
 	$(BIN)/python -m grpc_tools.protoc -Icluster --python_out=cluster --pyi_out=cluster tokens.proto
+	$(BIN)/python -m grpc_tools.protoc -Iserve_app --python_out=serve_app --pyi_out=serve_app chat.proto
 
 clean:
 	rm -rf $(VENV) typings *.egg-info build .mypy_cache .ruff_cache .pytest_cache .hypothesis

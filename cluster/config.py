@@ -92,6 +92,7 @@ class IngressSettings(Section):
 
     host: str = "0.0.0.0"
     port: int = Field(default=8000, ge=1, le=65535)
+    grpc_port: int | None = Field(default=None, ge=1, le=65535)  # the gRPC front door; None: off
     replicas: int = Field(default=1, ge=1)  # keep it stable: a change reloads the proxy
     longest_stream_s: int = Field(
         default=7200, ge=1

@@ -63,7 +63,7 @@ def build_app(
     _add_generation(app, "/completions", CompletionRequest, completion_answer, service)
     add_messages(app, service)
     _add_models(app, service)
-    _add_state(app, settings, Readiness(service.watched, settings, tokenizer.bos_id))
+    _add_state(app, settings, service.readiness)
     add_pages(app, settings, service.keys, ABOUT)
     describe(app)
     return app

@@ -12,15 +12,17 @@ from typing import Any
 from rayseek.cluster.config import Config
 from rayseek.cluster.dispatch import Dispatcher, RankAddress
 from rayseek.serve_app.app import build_app
+from rayseek.serve_app.grpc_door import GrpcDoor
 from rayseek.serve_app.http_methods import accept_methods_in_any_case
 from rayseek.serve_app.pages import is_loopback
+from rayseek.serve_app.service import Service
 from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Tokenizer
 
 DISCOVERY_TIMEOUT_S = 5.0
 
 
-class Ingress:
+class Ingress(GrpcDoor):
     """Deployment class of `Ingress`. `decode` is the handle of the units' leaders."""
 
     def __init__(self, settings: ApiSettings, model_path: str, decode: Any) -> None:
@@ -38,7 +40,9 @@ class Ingress:
         return [rank for ranks in units for rank in ranks]
 
     async def __serve_build_asgi_app__(self) -> Any:
-        return build_app(self._settings, self._tokenizer, Dispatcher(self._discover))
+        engine = Dispatcher(self._discover)
+        self._service = Service(self._settings, self._tokenizer, engine)
+        return build_app(self._settings, self._tokenizer, engine, self._service)
 
 
 def api_settings(

@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from rayseek.cluster.config import Config
+from rayseek.serve_app.grpc_door import SERVICER_FUNCTIONS
 from rayseek.serve_app.settings import ApiSettings
 
 log = logging.getLogger("rayseek.local")
@@ -103,6 +104,13 @@ def running(config: Config, model_path: Path, settings: ApiSettings) -> Iterator
     Raises StartError when it cannot start.
     """
     check_port(config.ingress.host, config.ingress.port)
+    grpc_options: dict[str, Any] | None = None
+    if config.ingress.grpc_port is not None:
+        check_port(config.ingress.host, config.ingress.grpc_port)
+        grpc_options = {
+            "port": config.ingress.grpc_port,
+            "grpc_servicer_functions": SERVICER_FUNCTIONS,
+        }
     folder = Path(tempfile.mkdtemp(prefix="rayseek-", dir="/tmp"))  # short: it holds sockets
     os.environ.update(serve_environment(config, folder))
     import ray
@@ -125,6 +133,7 @@ def running(config: Config, model_path: Path, settings: ApiSettings) -> Iterator
         )
         serve.start(
             http_options={"host": config.ingress.host, "port": config.ingress.port},
+            grpc_options=grpc_options,
             logging_config={"log_level": "WARNING"},
         )
         logs = folder / "ray" / "session_latest" / "logs"

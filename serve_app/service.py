@@ -10,7 +10,7 @@ from rayseek.serve_app.errors import ApiError
 from rayseek.serve_app.fairness import FairEngine
 from rayseek.serve_app.keys import Key, KeyRing, check_model
 from rayseek.serve_app.limits import Lease, Limiter
-from rayseek.serve_app.readiness import WatchedEngine
+from rayseek.serve_app.readiness import Readiness, WatchedEngine
 from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Tokenizer
 
@@ -21,6 +21,7 @@ class Service:
     def __init__(self, settings: ApiSettings, tokenizer: Tokenizer, engine: Engine) -> None:
         self.settings, self.tokenizer = settings, tokenizer
         self.watched = WatchedEngine(engine)
+        self.readiness = Readiness(self.watched, settings, tokenizer.bos_id)
         self.keys = KeyRing(settings.api_keys, settings.key_file)
         self._limiter = Limiter(settings.ingress_replicas)
         self._fair = FairEngine(

@@ -45,6 +45,7 @@ def grammar_vocabulary(path: Path, vocab_size: int, eos_id: int) -> LLTokenizer:
     """The tokens of a checkpoint's `tokenizer.json`, for matching. Raises ValueError.
 
     Every added token counts as control: text never matches one, only `<[id]>` in a grammar does.
+    V3's file does not call its tool marks special, and llguidance would guess from their names.
     """
     try:
         description = json.loads((path / "tokenizer.json").read_bytes())

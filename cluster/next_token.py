@@ -102,5 +102,5 @@ def adjust_logits(logits_V: Tensor, sequence: Sequence) -> None:
     if p.logit_bias:
         ids = torch.tensor([i for i, _ in p.logit_bias], dtype=torch.int64)
         logits_V[ids] += torch.tensor([bias for _, bias in p.logit_bias])
-    if sequence.num_emitted < p.min_tokens and p.stop_token_ids and not sequence.grammar_over:
+    if sequence.num_emitted < p.min_tokens and p.stop_token_ids:
         logits_V[torch.tensor(p.stop_token_ids, dtype=torch.int64)] = -torch.inf

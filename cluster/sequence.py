@@ -48,11 +48,6 @@ class Sequence:
         """Addresses of the pages a prefix match may use: the last token is always recomputed."""
         return self.hashes[: (len(self.ids) - 1) // PAGE_TOKENS]
 
-    @property
-    def grammar_over(self) -> bool:
-        """Nothing but the end may follow."""
-        return self.matcher is not None and self.matcher.is_stopped()
-
     def grammar_error(self) -> str | None:
         if self.matcher is None or not self.matcher.is_error():
             return None

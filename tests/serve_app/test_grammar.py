@@ -163,6 +163,17 @@ def test_json_schema(v3_takes: Callable[..., bool], answer: str, taken: bool) ->
     assert v3_takes(answer, response_format=schema_format(CITY, strict=False)) == taken
 
 
+def test_a_declared_key_cannot_be_written_as_an_additional_one(
+    v3_takes: Callable[..., bool],
+) -> None:
+    """Neither twice nor with an escape: the later value would win, of any type."""
+    open_ended = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    wanted = schema_format(open_ended)
+    assert v3_takes('{"a": 1, "b": "x"}', response_format=wanted)
+    assert not v3_takes('{"a": 1, "a": "x"}', response_format=wanted)
+    assert not v3_takes('{"a": 1, "\\u0061": "x"}', response_format=wanted)
+
+
 def test_without_strict_unknown_keywords_are_not_enforced(
     v3_takes: Callable[..., bool], v3: Tokenizer
 ) -> None:

@@ -63,6 +63,8 @@ void rs_store_latents(const float* ckr, long ld, long T, long C, long R, const f
     }
 }
 
+void rs_prefer_huge(void* at, long bytes) { prefer_huge(at, bytes); }
+
 void rs_read_latents(const uint32_t* page, long X, float* out) {  // one page -> [64][X]
     for (long b = 0; b < (X + 15) / 16; b++)
         for (long j = 0; j < PAGE; j++)
@@ -80,7 +82,8 @@ void rs_attend(const float* q, long T, long R, const Packed* w_uk, const Packed*
     long H = w_uk->heads, N = w_uk->k, C = w_uk->n, W = N + R, X = C + R, V = w_uv->n;
     struct Task { long t0, m, h0, heads; };
     std::vector<Task> tasks;
-    const long most = 64, rows = 128;
+    const long threads = pool().threads(), rows = 128;
+    const long most = threads == 1 ? 32 : std::min(32l, std::max(8l, T / (2 * threads)));
     for (long t0 = 0; t0 < T; t0 += most) {
         long m = std::min(most, T - t0), runs = 1;
         for (long t = t0 + 1; t < t0 + m; t++) runs += sequence[t] != sequence[t - 1];

@@ -78,7 +78,9 @@ class NativeOps:
         return out
 
     def new_pages(self, count: int, width: int) -> Tensor:
-        return torch.zeros(count, -(-width // 16), PAGE_TOKENS, 16, dtype=torch.int32)
+        pages = torch.empty(count, -(-width // 16), PAGE_TOKENS, 16, dtype=torch.int32)
+        self.library.rs_prefer_huge(pages.data_ptr(), pages.nbytes)
+        return pages.zero_()
 
     def read_latents(self, pages: Tensor, page_ids: Tensor, width: int) -> Tensor:
         _check_pages(pages, width)

@@ -32,6 +32,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "rs_rms_norm": [POINTER, LONG, LONG, LONG, POINTER, FLOAT, POINTER],
     "rs_store_latents": [POINTER, LONG, LONG, LONG, LONG, POINTER, FLOAT]
     + [POINTER, POINTER, POINTER, POINTER],
+    "rs_prefer_huge": [POINTER, LONG],
     "rs_read_latents": [POINTER, LONG, POINTER],
     "rs_attend": [POINTER, LONG, LONG, POINTER, POINTER, POINTER, POINTER, POINTER]
     + [POINTER, POINTER, LONG, FLOAT, POINTER],

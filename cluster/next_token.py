@@ -50,8 +50,11 @@ class TokenChooser:
         shared = len(masks) == 1  # by all rows, as almost always
         logits_RV += masks[banned[0]] if shared else torch.stack([masks[b] for b in banned])
         if allowed_MV is not None:
-            for r, row in zip(bound, torch.from_numpy(allowed_MV), strict=True):
-                logits_RV[r].masked_fill_(row == 0, -torch.inf)
+            barred_MV = torch.from_numpy(allowed_MV) == 0
+            if len(bound) == len(ready):
+                logits_RV.masked_fill_(barred_MV, -torch.inf)
+            else:
+                logits_RV[bound] = logits_RV[bound].masked_fill_(barred_MV, -torch.inf)
         ids = sample(logits_RV, [s.draw() for s in ready])
 
         tokens: list[Token | str] = []

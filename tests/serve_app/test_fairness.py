@@ -94,6 +94,19 @@ def test_keys_that_always_wait_get_equal_work(slots: int, seed: int) -> None:
     assert served["small"] == pytest.approx(served["large"], rel=0.15, abs=(slots + 1) * 500)
 
 
+def test_a_key_pays_what_it_used_not_what_was_guessed() -> None:
+    queue = FairQueue(1)
+    order = []
+    for key in ("short", "long", "short", "long", "short"):
+        queue.push(Ticket(key, 10, 4096), 0.0)
+    for _ in range(5):
+        ticket = queue.pop(0.0, several_keys=True)
+        assert ticket is not None
+        order.append(ticket.key)
+        queue.remove(ticket, 1 if ticket.key == "short" else 256, whole=True)
+    assert order == ["short", "long", "short", "short", "long"]
+
+
 def test_a_pause_earns_nothing_and_priorities_hold_within_a_key() -> None:
     queue = FairQueue(1)
     for _ in range(50):

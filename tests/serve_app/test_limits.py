@@ -108,6 +108,18 @@ def test_tokens_are_paid_as_used_and_debt_is_waited_for(limit: int, answers: lis
         lease.release()
 
 
+def test_choices_of_one_prompt_pay_it_once() -> None:
+    limiter = Limiter(clock=lambda: 0.0)
+    key = Key(name="a", sha256="0" * 64, tokens_per_minute=100)
+    request = Request("r", tuple(range(60)), SamplingParams(max_tokens=1))
+    lease = limiter.admit(key)
+    lease.paid_prompt(request)
+    lease.paid_prompt(replace(request, id="s"))
+    limiter.admit(key).paid_prompt(request)  # 40 were left; another request pays for itself
+    with pytest.raises(ApiError):
+        limiter.admit(key)
+
+
 def test_replicas_share_a_limit_between_them() -> None:
     key = Key(name="a", sha256="0" * 64, requests_per_minute=9, concurrent=6)
     limiters = [Limiter(3, clock=lambda: 0.0) for _ in range(3)]

@@ -118,7 +118,7 @@ class ToolCallParser:
                 self._restart(_State.BETWEEN)
             case _State.NAME | _State.FENCE | _State.ARGS, Control.CALL_END:
                 self._end_call(events)
-            case _State.ARGS, Control.CALLS_END if self._held == FENCE_END:
+            case _State.ARGS, Control.CALLS_END if self._fenced:
                 self._end_call(events)
                 self.ended = True
             case (_State.NAME, None) | (_State.FENCE | _State.ARGS, _):
@@ -138,6 +138,11 @@ class ToolCallParser:
             self._flush(events)
         self.ended = True
         return [event for event in events if event != ""]
+
+    @property
+    def _fenced(self) -> bool:
+        """Whether the arguments end here with their whole closing fence, and no stray bytes."""
+        return self._held == FENCE_END and not self._utf8.getstate()[0]
 
     def _restart(self, state: _State) -> None:
         self._state, self._held = state, ""
@@ -174,7 +179,7 @@ class ToolCallParser:
         self._feed(self._utf8.decode(b"", final=True), events)
         if self._state is not _State.ARGS:
             return False  # white space, or a piece of the opening fence
-        if self._held == FENCE_END:
+        if self._fenced:
             self._close_call(events)
             return True
         if self._held:

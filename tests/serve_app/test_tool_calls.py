@@ -430,6 +430,11 @@ def check_splits(
     {"max_tokens": 400, "parallel": True, "stop": ("\ufffd",), "logprobs": None},
     Random(1),
 )
+@example(  # bytes of no character between the closing fence and `calls_end`
+    [CALL, SEP, "f\n{}\n```", *SMI, END, Control.EOS],
+    {"max_tokens": 400, "parallel": True, "stop": (), "logprobs": None},
+    Random(1),
+)
 @given(parts=OUTPUTS, options=OPTIONS, random=st.randoms(use_true_random=False))
 def test_every_split_of_every_output_gives_the_same_message(
     api: Any, small: Tokenizer, settings: ApiSettings, parts: list[Any],

@@ -69,7 +69,7 @@ Deliver: TypeAlias = Callable[[dict[Stream, Outbox]], None]
 
 
 class EngineLoop:
-    """Runs an engine in a thread. `deliver` is called there, once per step that brought anything."""
+    """Runs an engine in a thread; `deliver` is called there, once per step that brought news."""
 
     def __init__(self, engine: Engine, deliver: Deliver) -> None:
         self._engine = engine

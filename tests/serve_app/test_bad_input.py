@@ -98,8 +98,10 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": "any", "tools": [TOOL]}, "tool_choice"),
-    ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [TOOL]},
-     "tool_choice"),
+    (
+        {"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [TOOL]},
+        "tool_choice",
+    ),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
     ({"tools": [TOOL] * 129}, "tools"),
 ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rayseek.cluster.config import EngineSettings
 from rayseek.cluster.dispatch import RankAddress
+from rayseek.cluster.precedence import take_precedence
 from rayseek.cluster.rank_server import Pulse, RankServer
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 def _load(path: Path, settings: EngineSettings) -> Engine:
     from rayseek.cluster.build import build_engine  # torch: in this process, not in the leader's
 
+    take_precedence()  # the kernels' threads inherit it
     return build_engine(path, settings)
 
 

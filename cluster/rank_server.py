@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 
+from rayseek.cluster.precedence import take_precedence
 from rayseek.cluster.request import Delta, Request, RequestRefused
 from rayseek.cluster.tokens_pb2 import Frame, ToRank, Update
 from rayseek.cluster.tokens_pb2 import Load as LoadMessage
@@ -115,6 +116,7 @@ class EngineLoop:
         return Pulse(self._engine.steps, began is not None, stalled, self._load)
 
     def _run(self) -> None:
+        take_precedence()
         engine = self._engine
         while True:
             while not self._inbox.empty() or not engine.busy:

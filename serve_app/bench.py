@@ -282,6 +282,8 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         model = arguments.model or made_model(cache_folder() / "models" / "bench-random-v1", BENCH)
         settings = EngineSettings()
+        if arguments.threads:
+            settings = settings.model_copy(update={"threads": arguments.threads})
         results += in_own_process(engine_results, model, settings, points)
         if not arguments.no_http:
             results += served_results(model.absolute(), settings, points)

@@ -82,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--streams", default="1,8,32", help="numbers of concurrent streams")
     bench.add_argument("--prompt", default="32", help="prompt lengths in tokens")
     bench.add_argument("--output", type=int, default=128, help="tokens of each answer")
+    bench.add_argument("--threads", type=int, help="engine.threads; default: the config's default")
     bench.add_argument("--no-http", action="store_true", help="in-process only")
     bench.add_argument("--transformers", action="store_true", help="also time transformers")
     bench.add_argument("--json", type=Path, help="write the figures there")

@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from rayseek.cluster.config import Config
+from rayseek.cluster.precedence import give_way, take_precedence
 from rayseek.serve_app.grpc_door import SERVICER_FUNCTIONS
 from rayseek.serve_app.settings import ApiSettings
 
@@ -113,6 +114,7 @@ def running(config: Config, model_path: Path, settings: ApiSettings) -> Iterator
         }
     folder = Path(tempfile.mkdtemp(prefix="rayseek-", dir="/tmp"))  # short: it holds sockets
     os.environ.update(serve_environment(config, folder))
+    give_way()
     import ray
     from ray import serve
 
@@ -152,6 +154,7 @@ def running(config: Config, model_path: Path, settings: ApiSettings) -> Iterator
             for process in left:
                 process.kill()
             shutil.rmtree(folder, ignore_errors=True)
+            take_precedence()
 
 
 def _wait_until_ready(url: str) -> None:

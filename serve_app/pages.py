@@ -173,7 +173,7 @@ def _info(request: Request, settings: ApiSettings, keys: KeyRing) -> dict[str, o
         "model": settings.model,
         "aliases": settings.aliases,
         "context_length": settings.context_length,
-        "max_output_tokens": settings.max_output_tokens,
+        "max_output_tokens": min(settings.max_output_tokens, settings.context_length),
         "default_output_tokens": settings.default_output_tokens,
         "temperature_mapping": settings.temperature_mapping,
         "public_url": settings.public_url,

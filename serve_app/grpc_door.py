@@ -120,8 +120,10 @@ class GrpcDoor:
                 async for chunk in chunks:
                     yield chunk
             finally:
-                await chunks.aclose()
-                lease.release()
+                try:
+                    await chunks.aclose()
+                finally:
+                    lease.release()
         except Exception as error:
             raise _failed(error, grpc_context) from None
 

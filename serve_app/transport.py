@@ -154,8 +154,10 @@ class Document(Response):
             else:
                 await response(scope, receive, send)
         finally:
-            await _stop(*tasks)
-            self._lease.release()
+            try:
+                await _stop(*tasks)
+            finally:  # also when we are cancelled once more while we wait
+                self._lease.release()
 
 
 def _start(response: Response) -> Message:
@@ -199,8 +201,10 @@ class EventStream(Response):
         try:
             await asyncio.wait((pump, leaving), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await _stop(pump, leaving, beat)
-            self._lease.release()
+            try:
+                await _stop(pump, leaving, beat)
+            finally:  # also when we are cancelled once more while we wait
+                self._lease.release()
         if pump.cancelled():
             return
         error = pump.exception()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rayseek.serve_app.keys import Key, add_key
 from rayseek.serve_app.limits import Bucket, Limiter, level, take, wait_for
 from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Tokenizer
+from rayseek.serve_app.transport import Document, EventStream
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "deepseek-v3", "messages": [{"role": "user", "content": "Hi"}]}
@@ -207,3 +209,36 @@ async def test_the_sdk_understands_the_limit(
         await client.chat.completions.create(**BODY)  # type: ignore[call-overload]
         with pytest.raises(openai.RateLimitError):
             await client.chat.completions.create(**BODY)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_request_cancelled_twice_is_counted_out(streamed: bool) -> None:
+    """The client leaves, and while the engine is told, the server cancels the exchange too."""
+    limiter, left = Limiter(), asyncio.Event()
+    key = Key(name="a", sha256="0" * 64, concurrent=1)
+    lease = limiter.admit(key)
+
+    async def document() -> dict[str, Any]:
+        try:
+            return await asyncio.sleep(60, {})
+        finally:
+            await asyncio.sleep(60)
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        yield b"data: {}\n\n"
+        await document()
+
+    async def receive() -> dict[str, Any]:
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(_: object) -> None: ...
+
+    response = EventStream(events(), 10, lease) if streamed else Document(document(), 10, lease)
+    exchange = asyncio.create_task(response({}, receive, send))
+    await asyncio.sleep(0.01)
+    left.set()
+    await asyncio.sleep(0.01)
+    exchange.cancel()
+    await asyncio.gather(exchange, return_exceptions=True)
+    limiter.admit(key)

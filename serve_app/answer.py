@@ -24,14 +24,18 @@ LOWEST_LOGPROB = -9999.0
 DONE = b"data: [DONE]\n\n"
 
 
-def json_string(text: str) -> str:
-    """JSON of a string, UTF-8 kept. Line breaks that only Unicode knows are escaped, because
-    some clients split event streams at them."""
-    written = encode_basestring(text)
+def on_one_line(written: str) -> str:
+    """The same JSON with line breaks that only Unicode knows escaped: some clients split event
+    streams at them."""
     if not written.isascii():
         for char in "\x85\u2028\u2029":
             written = written.replace(char, f"\\u{ord(char):04x}")
     return written
+
+
+def json_string(text: str) -> str:
+    """JSON of a string, UTF-8 kept, on one line."""
+    return on_one_line(encode_basestring(text))
 
 
 def dump(value: object) -> str:

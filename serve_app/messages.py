@@ -13,16 +13,17 @@ from collections.abc import AsyncGenerator, Iterable
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 from pydantic_core import from_json
 from starlette.responses import JSONResponse, Response
 
-from rayseek.serve_app.answer import Answer, dump
+from rayseek.serve_app.answer import Answer, dump, on_one_line
 from rayseek.serve_app.chat import chat_answer
 from rayseek.serve_app.errors import ApiError, bad_request
 from rayseek.serve_app.generation import Choice, Piece
 from rayseek.serve_app.protocol import ChatRequest, parse
 from rayseek.serve_app.service import Service
+from rayseek.serve_app.strict import StrictBody
 from rayseek.serve_app.tool_calls import CallArguments, CallEnd, CallEvent, CallHeader
 from rayseek.serve_app.transport import Document, EventStream, Style, read_json
 
@@ -56,11 +57,7 @@ def _blocks(value: object) -> object:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
-
-
-class TextBlock(_Body):
+class TextBlock(StrictBody):
     type: Literal["text"]
     text: str
 
@@ -68,14 +65,14 @@ class TextBlock(_Body):
 Texts = Annotated[list[TextBlock], BeforeValidator(_blocks)]  # a string is one block
 
 
-class ToolUseBlock(_Body):
+class ToolUseBlock(StrictBody):
     type: Literal["tool_use"]
     id: str
     name: str
     input: Json
 
 
-class ToolResultBlock(_Body):
+class ToolResultBlock(StrictBody):
     type: Literal["tool_result"]
     tool_use_id: str
     content: Texts | None = None
@@ -84,12 +81,12 @@ class ToolResultBlock(_Body):
 Block = Annotated[TextBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
 
 
-class Turn(_Body):
+class Turn(StrictBody):
     role: Literal["user", "assistant"]
     content: Annotated[list[Block], BeforeValidator(_blocks)]
 
 
-class ToolDeclaration(_Body):
+class ToolDeclaration(StrictBody):
     type: Literal["custom"] | None = None
     name: str
     description: str | None = None
@@ -97,13 +94,13 @@ class ToolDeclaration(_Body):
     strict: bool | None = None
 
 
-class ToolChoice(_Body):
+class ToolChoice(StrictBody):
     type: Literal["none", "auto", "any", "tool"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
 
-class CountRequest(_Body):
+class CountRequest(StrictBody):
     """What `count_tokens` needs; a Messages request has more."""
 
     model: str
@@ -202,7 +199,9 @@ class MessagesAnswer:
         steps = self._steps()
         try:
             async for events in steps:
-                yield b"".join(f"event: {e['type']}\ndata: {_line(e)}\n\n".encode() for e in events)
+                yield b"".join(
+                    f"event: {e['type']}\ndata: {on_one_line(dump(e))}\n\n".encode() for e in events
+                )
         finally:
             await steps.aclose()
 
@@ -317,15 +316,6 @@ class _Writer:
             return []
         self._open = ""
         return [{"type": "content_block_stop", "index": self._index}]
-
-
-def _line(event: Json) -> str:
-    """JSON on one line, also for clients that split at line breaks only Unicode knows."""
-    text = dump(event)
-    if not text.isascii():
-        for char in "\x85\u2028\u2029":
-            text = text.replace(char, f"\\u{ord(char):04x}")
-    return text
 
 
 def _arguments(text: str) -> Json:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+
+from rayseek.cluster.config import Config
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ["kernels", "model", "cluster", "serve_app"]  # each may import those before it
@@ -68,3 +72,8 @@ def test_processes_without_tensors_do_not_load_torch(module: str) -> None:
     """The ingress, a unit's leader and the command start fast and stay small."""
     code = f"import sys, rayseek.{module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_readme_has_every_config_key_with_its_default() -> None:
+    (shown,) = re.findall(r"```yaml\n(model: .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert yaml.safe_load(shown) == Config().model_dump(mode="json")

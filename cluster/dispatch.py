@@ -279,7 +279,7 @@ class Dispatcher:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(5.0):
                     await channel.ready.wait()
-        if new:
+        if self._alive():  # not only new ones: one may have taken longer than that to answer
             async with self._changed:
                 self._changed.notify_all()
 

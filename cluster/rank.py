@@ -42,8 +42,13 @@ class Rank:
         return RankAddress(self._name, f"{host}:{port}")
 
     async def pulse(self) -> Pulse:
-        """Whether the engine moves; the leader asks once a second."""
+        """Whether the engine moves; the leader asks once a second.
+
+        Raises RuntimeError when the engine's thread has died, for which the rank is replaced.
+        """
         assert self._server is not None, "pulse is asked for after start"
+        if not self._server.engine_loop.alive:
+            raise RuntimeError("the engine's thread has died; this rank's log says of what")
         return self._server.engine_loop.pulse
 
     async def run_forever(self) -> None:

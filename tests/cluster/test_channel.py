@@ -6,15 +6,18 @@ import asyncio
 import contextlib
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rayseek.cluster.dispatch import Dispatcher, JournalEntry, RankAddress
+from rayseek.cluster.config import EngineSettings
+from rayseek.cluster.dispatch import Dispatcher, JournalEntry, RankAddress, RankChannel
 from rayseek.cluster.engine import Engine, run_to_end
+from rayseek.cluster.rank import Rank
 from rayseek.cluster.rank_server import RankServer
 from rayseek.cluster.request import (
     Delta,
@@ -25,6 +28,7 @@ from rayseek.cluster.request import (
     Token,
 )
 from rayseek.cluster.scheduler import Limits
+from rayseek.cluster.tokens_pb2 import ToRank
 from rayseek.cluster.wire import (
     delta_of,
     refusal_message,
@@ -206,6 +210,69 @@ async def test_an_ingress_that_vanishes_frees_the_rank(cluster: Cluster) -> None
         await asyncio.sleep(0.02)
     assert server.engine_loop.pulse.load.pages_held == 0
     await deltas.aclose()
+
+
+async def test_a_submission_on_a_breaking_stream_is_not_left_behind(
+    make_engine: EngineMaker,
+) -> None:
+    """The stream ends while a message that was already received is still being read."""
+    server = RankServer(make_engine())
+    ended, late = threading.Event(), threading.Event()
+
+    class Context:
+        def add_callback(self, callback: Callable[[], None]) -> None:
+            self.end = callback
+
+    def messages() -> Iterator[ToRank]:
+        late.wait()
+        yield ToRank(submit=submit_message(1, wanted(1, max_tokens=900)[0]))
+        ended.set()
+
+    context = Context()
+    frames = server._open(messages(), context)
+    next(frames)
+    context.end()
+    assert list(frames) == []
+    late.set()
+    assert await asyncio.to_thread(ended.wait, 5)
+    loop = server.engine_loop
+    idle = threading.Event()
+
+    def look(engine: Engine) -> None:
+        if not engine.busy and not loop._listeners:
+            idle.set()
+
+    loop._inbox.put(look)
+    assert await asyncio.to_thread(idle.wait, 5)
+    server.stop()
+
+
+async def test_a_rank_that_answers_late_is_used(cluster: Cluster) -> None:
+    """Its channel opens after the round of discovery that found it."""
+    run = asyncio.create_task(cluster.tokens(wanted(1)[0]))
+    address = await cluster.start_rank()
+    server = cluster.servers.pop(address)
+    channel = RankChannel(address)
+    await channel.ready.wait()
+    cluster.dispatcher._channels[address.name] = channel  # known before, and only now alive
+    cluster.servers[address] = server
+    async with asyncio.timeout(5):
+        _, finish = await run
+    assert finish is FinishReason.LENGTH
+
+
+async def test_a_dead_engine_thread_shows_in_the_pulse(
+    make_engine: EngineMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayseek.cluster.rank._load", lambda path, settings: make_engine())
+    rank = Rank("rank", "", EngineSettings())
+    await rank.start("127.0.0.1")
+    assert (await rank.pulse()).stalled_s == 0
+    assert rank._server is not None
+    rank._server.engine_loop.stop()  # as a defect would end it
+    with pytest.raises(RuntimeError, match="has died"):
+        await rank.pulse()
+    rank._server._server.stop(grace=None).wait()
 
 
 async def test_refusals_say_why(cluster: Cluster) -> None:

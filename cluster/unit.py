@@ -31,12 +31,14 @@ RANK_ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 class Unit:
     """Deployment class of `Decode`. Bundle 0 holds the leader, bundle i + 1 its rank i."""
 
-    def __init__(self, model_path: str, settings: EngineSettings, ranks: int = 1) -> None:
+    def __init__(
+        self, model_path: str, settings: EngineSettings, host: str | None = None, ranks: int = 1
+    ) -> None:
         self._model_path = model_path
         self._settings = settings
         self._epoch = itertools.count()
         self._addresses: dict[int, RankAddress] = {}
-        self._host = ray.util.get_node_ip_address()
+        self._host = host or ray.util.get_node_ip_address()
         self._keepers = [asyncio.create_task(self._keep(i)) for i in range(ranks)]
 
     async def ranks(self) -> list[RankAddress]:

@@ -151,7 +151,7 @@ def serve(arguments: argparse.Namespace) -> None:
                 f"  API        {service.address}/v1\n"
                 f"  API key    {shown or f'one of those in {file}'}\n"
                 f"  Pages      {service.address}/{f'#key={quote(shown)}' if shown else ''}\n"
-                f"  Dashboard  {service.dashboard}\n"
+                f"  Dashboard  {service.dashboard}  (token {service.dashboard_token})\n"
                 f"  Logs       {service.logs}\n"
                 "  Stop with Ctrl-C.\n",
                 flush=True,

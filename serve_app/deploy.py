@@ -16,9 +16,12 @@ APP_NAME = "rayseek"
 DRAIN_S = 30.0
 
 
-def build(config: Config, model_path: Path, settings: ApiSettings) -> Application:
+def build(
+    config: Config, model_path: Path, settings: ApiSettings, rank_host: str | None = None
+) -> Application:
     """`Ingress` over `Decode` (colocated: its units also prefill and hold every expert).
 
+    rank_host: where ranks listen for ingresses; None: on their node's address in the cluster.
     Classes are wrapped here and not decorated, so that replicas import them by name.
     """
     longest_s = float(config.ingress.longest_stream_s)
@@ -32,7 +35,7 @@ def build(config: Config, model_path: Path, settings: ApiSettings) -> Applicatio
         max_ongoing_requests=1000,
         health_check_period_s=5,
         graceful_shutdown_timeout_s=DRAIN_S,
-    ).bind(str(model_path), config.engine)
+    ).bind(str(model_path), config.engine, rank_host)
     return serve.deployment(
         serve.ingress()(Ingress),
         name="Ingress",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -32,6 +33,7 @@ from rayseek.serve_app.settings import ApiSettings
 log = logging.getLogger("rayseek.local")
 
 READY_TIMEOUT_S = 1800.0
+LOOPBACK = "127.0.0.1"
 
 
 class StartError(RuntimeError):
@@ -44,6 +46,7 @@ class Running:
 
     address: str  # http://host:port
     dashboard: str
+    dashboard_token: str  # Ray's dashboard asks for it
     logs: Path
 
 
@@ -53,7 +56,7 @@ def free_port(preferred: int = 0) -> int:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
+                probe.bind((LOOPBACK, port))
                 return int(probe.getsockname()[1])
     raise StartError("no free TCP port on the loopback interface")
 
@@ -94,7 +97,9 @@ def serve_environment(config: Config, folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(longest),
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(longest),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "disabled",  # loopback only; clusters of several hosts set it themselves
+        # Ray listens on every interface whatever it is told: only who knows the token may use it.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
 
 
@@ -124,14 +129,13 @@ def running(config: Config, model_path: Path, settings: ApiSettings) -> Iterator
         context: Any = ray.init(
             address="local",
             include_dashboard=True,
-            dashboard_host="127.0.0.1",
+            dashboard_host=LOOPBACK,
             dashboard_port=free_port(8265),
             num_cpus=max(4, os.cpu_count() or 1),
             object_store_memory=100 * 2**20,  # nothing of ours goes through the object store
             log_to_driver=False,
             logging_level=logging.WARNING,
             _temp_dir=str(folder / "ray"),
-            _node_ip_address="127.0.0.1",
         )
         serve.start(
             http_options={"host": config.ingress.host, "port": config.ingress.port},
@@ -141,11 +145,13 @@ def running(config: Config, model_path: Path, settings: ApiSettings) -> Iterator
         logs = folder / "ray" / "session_latest" / "logs"
         dashboard = f"http://{context.dashboard_url}"
         settings = replace(settings, dashboard_url=settings.dashboard_url or dashboard)
-        serve.run(build(config, model_path, settings), name=APP_NAME, route_prefix="/")
-        host = "127.0.0.1" if config.ingress.host in ("0.0.0.0", "::") else config.ingress.host
+        serve.run(
+            build(config, model_path, settings, rank_host=LOOPBACK), name=APP_NAME, route_prefix="/"
+        )
+        host = LOOPBACK if config.ingress.host in ("0.0.0.0", "::") else config.ingress.host
         address = f"http://{host}:{config.ingress.port}"
         _wait_until_ready(f"{address}/ready")
-        yield Running(address, dashboard, logs)
+        yield Running(address, dashboard, os.environ["RAY_AUTH_TOKEN"], logs)
     finally:
         with _uninterrupted():
             started = psutil.Process().children(recursive=True)

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,8 @@ class Service:
     environment: dict[str, str]
     port: int
     grpc_port: int
-    start_s: float
+    dashboard: str
+    token: str
 
     @property
     def base(self) -> str:
@@ -63,7 +63,6 @@ def start(model: Path, home: Path) -> Service:
     port, grpc_port = free_port(), free_port()
     config = home / "config.yaml"
     config.write_text(f"ingress: {{grpc_port: {grpc_port}, host: 127.0.0.1}}\n")
-    began = time.monotonic()
     process = subprocess.Popen(
         [*RAYSEEK, "serve", str(config), "--model", str(model), "--port", str(port)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
@@ -77,8 +76,9 @@ def start(model: Path, home: Path) -> Service:
     assert "Ctrl-C" in said, said
     key = re.search(r"sk-\w+", said)
     url = re.search(r"(http://\S+)/v1", said)
-    assert key and url and "Dashboard  http://" in said, said
-    return Service(process, url[1], key[0], environment, port, grpc_port, time.monotonic() - began)
+    dashboard = re.search(r"(http://\S+)  \(token (\w+)\)", said)
+    assert key and url and dashboard, said
+    return Service(process, url[1], key[0], environment, port, grpc_port, *dashboard.groups())
 
 
 @pytest.fixture(scope="session")
@@ -218,6 +218,14 @@ def test_key_file_is_private(service: Service) -> None:
     file = Path(service.environment["XDG_CONFIG_HOME"]) / "rayseek" / "api_key"
     assert file.stat().st_mode & 0o777 == 0o600
     assert file.read_text().strip() == service.key
+
+
+def test_ray_asks_for_its_token(service: Service) -> None:
+    """Ray's processes listen on every interface: who has no token gets nothing from them."""
+    url = f"{service.dashboard}/api/serve/applications/"
+    assert httpx.get(url).status_code == 401
+    token = {"Authorization": f"Bearer {service.token}"}
+    assert httpx.get(url, headers=token).status_code == 200
 
 
 def test_second_start_on_the_same_port_says_so(service: Service, tiny_path: Path) -> None:

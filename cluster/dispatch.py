@@ -167,10 +167,6 @@ class Dispatcher:
         for channel in self._channels.values():
             await channel.close()
 
-    @property
-    def live_ranks(self) -> int:
-        return sum(channel.alive for channel in self._channels.values())
-
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         """The request's deltas, the last of which carries `finish`.
 

@@ -121,6 +121,7 @@ def is_local_viewer(request: Request) -> bool:
     return (
         request.client is not None
         and is_loopback(request.client.host)
+        and headers.get("host") == request.url.netloc  # or it is malformed, and not used
         and is_loopback(request.url.hostname or "")
         and not any(name in headers for name in FORWARDING)
         and headers.get("sec-fetch-site", "none") in ("none", "same-origin")

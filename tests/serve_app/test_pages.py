@@ -156,7 +156,7 @@ async def test_info_tells_the_key_to_nobody_by_default(
 def _from(peer: str, headers: dict[str, str]) -> Request:
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
     return Request({"type": "http", "method": "GET", "path": "/", "query_string": b"",
-                    "scheme": "http", "server": ("10.0.0.1", 80), "client": (peer, 5),
+                    "scheme": "http", "server": ("127.0.0.1", 80), "client": (peer, 5),
                     "headers": pairs})  # fmt: skip
 
 
@@ -173,6 +173,7 @@ def test_local_viewer(peer: str, host: str) -> None:
         ("10.1.2.3", {"host": "localhost"}),
         ("127.0.0.1", {"host": "rebound.example.com"}),  # a page that names 127.0.0.1 its own
         ("127.0.0.1", {"host": "127.0.0.1.example.com"}),
+        ("127.0.0.1", {"host": "rebound{.example.com"}),  # Starlette takes the server's address
         ("127.0.0.1", {"host": "192.168.0.7:8000"}),
         ("127.0.0.1", {}),
         *(("127.0.0.1", {"host": "localhost", name: "10.1.2.3"}) for name in pages.FORWARDING),

@@ -25,6 +25,7 @@ from rayseek.cluster.wire import METHOD, SERVICE, delta_of, submit_message
 
 log = logging.getLogger("rayseek.dispatch")
 
+ANSWER_S = 5.0  # discovery gives new ranks so long to answer; the next round sees later ones
 MAX_DEATHS = 3  # a request that was on board this many dying ranks is not given to another
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
@@ -272,10 +273,12 @@ class Dispatcher:
         new = [RankChannel(a) for name, a in known.items() if name not in self._channels]
         for channel in new:
             self._channels[channel.address.name] = channel
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(5.0):
-                    await channel.ready.wait()
-        if self._alive():  # not only new ones: one may have taken longer than that to answer
+        if new:  # the first answer is enough: a rank that is silent delays nobody
+            answers = [asyncio.create_task(channel.ready.wait()) for channel in new]
+            await asyncio.wait(answers, timeout=ANSWER_S, return_when=asyncio.FIRST_COMPLETED)
+            for answer in answers:
+                answer.cancel()
+        if self._alive():  # not only new ones: some answer after their round
             async with self._changed:
                 self._changed.notify_all()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import subprocess
 import sys
 import threading
@@ -259,6 +260,27 @@ async def test_a_rank_that_answers_late_is_used(cluster: Cluster) -> None:
     async with asyncio.timeout(5):
         _, finish = await run
     assert finish is FinishReason.LENGTH
+
+
+async def test_a_silent_rank_delays_nobody(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank's host takes connections and says nothing; the other rank works."""
+    monkeypatch.setattr("rayseek.cluster.dispatch.ANSWER_S", 1000.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        target = f"127.0.0.1:{silent.getsockname()[1]}"
+        server = cluster.servers[await cluster.start_rank()]
+        address, _ = cluster.servers.popitem()
+        both = [RankAddress("silent", target), address]
+
+        async def discover() -> list[RankAddress]:
+            return both
+
+        dispatcher = Dispatcher(discover, patience_s=20, refresh_s=0.1)
+        deltas = [delta async for delta in dispatcher.generate(wanted(1)[0])]
+        assert deltas[-1].finish is FinishReason.LENGTH
+        await dispatcher.close()
+        await asyncio.to_thread(server.stop)
 
 
 async def test_a_dead_engine_thread_shows_in_the_pulse(

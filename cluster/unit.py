@@ -61,10 +61,10 @@ class Unit:
             try:
                 await self._watch(index, name, actor)
             except ray.exceptions.RayError as error:
-                log.error("rank %s died: %s", name, str(error).strip().splitlines()[-1])
+                log.error("rank %s died: %s", name, str(error).strip().rpartition("\n")[2])
                 pause = 0.0 if index in self._addresses else 5.0  # it died before it ever served
             except TimeoutError as error:
-                log.error("rank %s hangs (%s); killing it", name, error)
+                log.error("rank %s hangs (%s); killing it", name, str(error) or "no answer in time")
                 pause = 0.0
             finally:
                 self._addresses.pop(index, None)

@@ -326,6 +326,7 @@ async def test_a_stopped_client_is_cancelled_and_a_slow_one_served(service: Serv
     rest = await reader.readuntil(b"data: [DONE]")
     assert b'"finish_reason":"length"' in rest
     writer.close()
+    await writer.wait_closed()
 
 
 def test_bad_input_through_the_proxy(service: Service) -> None:
@@ -350,11 +351,11 @@ def test_bad_input_through_the_proxy(service: Service) -> None:
 
 
 def test_too_long_a_prompt_is_refused_and_the_server_lives(service: Service) -> None:
-    client = OpenAI(api_key=service.key, base_url=service.base, max_retries=0)
-    with pytest.raises(Exception, match="maximum context length") as refused:
-        client.chat.completions.create(
-            model="deepseek-v3", messages=[{"role": "user", "content": "word " * 9000}]
-        )
-    assert getattr(refused.value, "status_code", None) == 400
-    again = client.chat.completions.create(**ask(3, max_tokens=4))
-    assert again.usage is not None and again.usage.completion_tokens == 4
+    with OpenAI(api_key=service.key, base_url=service.base, max_retries=0) as client:
+        with pytest.raises(Exception, match="maximum context length") as refused:
+            client.chat.completions.create(
+                model="deepseek-v3", messages=[{"role": "user", "content": "word " * 9000}]
+            )
+        assert getattr(refused.value, "status_code", None) == 400
+        again = client.chat.completions.create(**ask(3, max_tokens=4))
+        assert again.usage is not None and again.usage.completion_tokens == 4

@@ -26,6 +26,7 @@ from rayseek.cluster.wire import METHOD, SERVICE, delta_of, submit_message
 log = logging.getLogger("rayseek.dispatch")
 
 ANSWER_S = 5.0  # discovery gives new ranks so long to answer; the next round sees later ones
+CONTINUATION_RETRY_S = 0.2
 MAX_DEATHS = 3  # a request that was on board this many dying ranks is not given to another
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
@@ -197,8 +198,14 @@ class Dispatcher:
             except RequestRefused as refusal:
                 refused_by.add(channel.address.name)
                 others = [c for c in self._alive() if c.address.name not in refused_by]
-                if not refusal.retryable or not others:
+                if others and refusal.retryable:
+                    continue
+                if not (refusal.retryable and entry.deaths):
                     raise
+                # It was running when its rank died: a full queue elsewhere is a reason to wait
+                # for a place, not to break off an answer that has begun.
+                refused_by.clear()
+                await asyncio.sleep(CONTINUATION_RETRY_S)
 
     async def _on_rank(
         self, channel: RankChannel, entry: JournalEntry

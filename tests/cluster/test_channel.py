@@ -309,6 +309,21 @@ async def test_refusals_say_why(cluster: Cluster) -> None:
     assert any(not isinstance(o, BaseException) for o in outcomes)
 
 
+async def test_a_full_queue_delays_a_continuation_but_does_not_end_it(
+    cluster: Cluster, make_engine: EngineMaker
+) -> None:
+    """Six streams on a rank that dies; its successor runs one at a time and queues one."""
+    requests = wanted(6)
+    expected = undisturbed(make_engine, requests)
+    first = await cluster.start_rank(slow=True)
+    runs = [asyncio.create_task(cluster.tokens(r)) for r in requests]
+    await asyncio.sleep(0.15)
+    await cluster.kill_rank(first)
+    await cluster.start_rank(max_queue=1, step=Limits(1, 64, 64))
+    for request, (tokens, _) in zip(requests, await asyncio.gather(*runs), strict=True):
+        assert [t.id for t in tokens] == [t.id for t in expected[request.id]]
+
+
 async def test_no_rank_at_all_is_said_after_patience(make_engine: EngineMaker) -> None:
     cluster = Cluster(make_engine)
     await cluster.dispatcher.close()

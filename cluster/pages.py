@@ -120,13 +120,6 @@ class PagePool:
                 else:
                     self._free.append(page)
 
-    def forget(self) -> None:
-        """Drop every idle prefix."""
-        for page in self._idle:
-            del self._page_of[self._hash_of.pop(page)]
-            self._free.append(page)
-        self._idle.clear()
-
     def check(self) -> None:
         """Assert the invariants: every page is held, idle or free, exactly once."""
         held = {p for p in range(self.num_pages) if self._holders[p] > 0}

@@ -38,8 +38,3 @@ def choose_ops(device: str = "cpu", prefer: Preference = "auto", threads: int = 
         return Choice(ReferenceOps(), f"plain PyTorch (slow): {error}")
     how = "AMX tiles" if native.amx else "vector code, no AMX here"
     return Choice(native, f"C++ built for this CPU: {how}")
-
-
-def ops_for(device: str = "cpu", prefer: Preference = "auto", threads: int = 1) -> Ops:
-    """`choose_ops` without the reason."""
-    return choose_ops(device, prefer, threads).ops

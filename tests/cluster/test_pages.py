@@ -56,10 +56,6 @@ class Pool(RuleBasedStateMachine):
         self.pool.retract(pages)
         self.pool.release(pages)
 
-    @rule()
-    def forget(self) -> None:
-        self.pool.forget()
-
     @invariant()
     def consistent(self) -> None:
         self.pool.check()

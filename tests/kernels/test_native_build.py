@@ -12,7 +12,7 @@ import pytest
 
 from rayseek.kernels import native_build
 from rayseek.kernels.native_build import NativeUnavailableError, load_native
-from rayseek.kernels.select import choose_ops, ops_for
+from rayseek.kernels.select import choose_ops
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
@@ -65,6 +65,6 @@ def test_processes_that_build_at_once_share_one_library(tmp_path: Path) -> None:
 
 
 def test_preferences() -> None:
-    assert ops_for(prefer="reference").name == "reference"
+    assert choose_ops(prefer="reference").ops.name == "reference"
     with pytest.raises(ValueError, match="no operations for device 'cuda'"):
-        ops_for("cuda")
+        choose_ops("cuda")

@@ -1,12 +1,13 @@
 """A small tokenizer with V3's pre-tokeniser, layout and special-token names (spec section 5.1).
 
-Byte-level BPE trained on the text below, so that any text encodes and common words are one token.
+Byte-level BPE, so that any text encodes and words common in what it learnt from are one token.
 Like V3's, it ends in the control tokens and defines fewer ids than the model has rows.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
@@ -97,9 +98,15 @@ SELECT name, count(*) FROM users WHERE age > 18 GROUP BY name ORDER BY count(*) 
 
 
 def small_tokenizer(vocab_size: int) -> tuple[str, str]:
+    """`learn_tokenizer` from the text above: for models of random weights."""
+    return learn_tokenizer(TEXT.splitlines(keepends=True), vocab_size)
+
+
+def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[str, str]:
     """The texts of `tokenizer.json` and `tokenizer_config.json` for a model of so many rows.
 
-    Defines at most vocab_size - UNDEFINED_IDS ids. Raises ValueError below MIN_VOCAB rows.
+    Depends on the texts alone, not on their order. Defines at most vocab_size - UNDEFINED_IDS ids.
+    Raises ValueError below MIN_VOCAB rows.
     """
     if vocab_size < MIN_VOCAB:
         raise ValueError(
@@ -118,7 +125,7 @@ def small_tokenizer(vocab_size: int) -> tuple[str, str]:
         max_token_length=24,
         show_progress=False,
     )
-    learner.train_from_iterator(TEXT.splitlines(keepends=True), trainer)
+    learner.train_from_iterator(texts, trainer)
     learnt = json.loads(learner.to_str())["model"]
     last = len(learnt["vocab"])
     tokens = [*enumerate(FIRST_TOKENS), *enumerate(LAST_TOKENS, start=last)]

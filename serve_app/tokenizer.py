@@ -8,7 +8,7 @@ can become a control id.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
@@ -110,16 +110,21 @@ class Tokenizer:
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Ids of a prompt: each piece of text is encoded on its own. Releases the GIL."""
-        texts = [without_surrogates(piece) for piece in prompt if isinstance(piece, str)]
-        # Unlike `encode`, the batch call lets other threads run meanwhile.
-        spans = iter(self._bpe.encode_batch_fast(texts, add_special_tokens=False))
+        spans = iter(self.encode_texts([piece for piece in prompt if isinstance(piece, str)]))
         ids: list[int] = []
         for piece in prompt:
             if isinstance(piece, Control):
                 ids.append(self._id_of[piece])
             else:
-                ids += next(spans).ids
+                ids += next(spans)
         return ids
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text on its own. Releases the GIL."""
+        clean = [without_surrogates(text) for text in texts]
+        # Unlike `encode`, the batch call lets other threads run meanwhile.
+        spans = self._bpe.encode_batch_fast(clean, add_special_tokens=False)
+        return [span.ids for span in spans]
 
     def token_bytes(self, token_id: int) -> bytes:
         """The exact bytes of a token; the literal name of a control token; b"" if undefined."""

@@ -1,4 +1,4 @@
-"""The `rayseek` command: serve, keys, inspect, make-model, bench, conformance.
+"""The `rayseek` command: serve, keys, inspect, make-model, make-corpus, bench, conformance.
 
 Only argument parsing and messages; every command's work is elsewhere and imported when needed.
 """
@@ -69,6 +69,17 @@ def parser() -> argparse.ArgumentParser:
     dtype.add_argument("--fp8", action="store_true", help="block-FP8 weights")
     dtype.add_argument("--bf16", action="store_true", help="bfloat16 weights")
 
+    corpus = commands.add_parser("make-corpus", help="write text that a small model learns from")
+    corpus.add_argument("folder", type=Path)
+    corpus.add_argument("--tokens", type=float, default=40e6, help="about so many (default 40e6)")
+    corpus.add_argument("--shard-tokens", type=float, default=2e6, help="of one file (default 2e6)")
+    corpus.add_argument("--seed", type=int, default=0)
+    corpus.add_argument("--chinese", type=float, default=0.35, metavar="SHARE", help="default 0.35")
+    corpus.add_argument("--longest", type=int, default=512, help="tokens of a document at most")
+    corpus.add_argument(
+        "--tokenizer", type=Path, help="folder of its files; default: learn one, kept in FOLDER"
+    )
+
     conform = commands.add_parser("conformance", help="does an endpoint speak the V3 dialect?")
     conform.add_argument("url", metavar="URL", help="of any OpenAI-compatible V3 endpoint")
     conform.add_argument("--key", default=os.environ.get("OPENAI_API_KEY", ""), help="its API key")
@@ -110,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         {
             "serve": serve, "keys": keys, "inspect": inspect, "make-model": make_model,
+            "make-corpus": make_corpus,
             "bench": bench, "conformance": conformance,
         }[arguments.command](arguments)  # fmt: skip
     except (ConfigFileError, ValueError, FileExistsError, FileNotFoundError) as error:
@@ -252,6 +264,20 @@ def make_model(arguments: argparse.Namespace) -> None:
     fp8 = True if arguments.fp8 else False if arguments.bf16 else None
     make_checkpoint(arguments.path, config, arguments.seed, fp8, arguments.shards)
     print(f"wrote {arguments.path}")
+
+
+def make_corpus(arguments: argparse.Namespace) -> None:
+    from rayseek.model.maker import SMALL
+    from rayseek.serve_app.corpus import make_corpus, make_tokenizer
+    from rayseek.serve_app.tasks.catalogue import CATALOGUE
+
+    folder, seed, tokens = arguments.folder, arguments.seed, int(arguments.shard_tokens)
+    if arguments.tokenizer is None:
+        make_tokenizer(folder, CATALOGUE, SMALL.vocab_size)
+    shards = max(1, round(arguments.tokens / tokens))
+    make_corpus(folder, arguments.tokenizer or folder, CATALOGUE, tokens, shards, seed,
+                arguments.chinese, arguments.longest)  # fmt: skip
+    print(f"wrote {shards} shards and corpus.json to {folder}")
 
 
 def bench(arguments: argparse.Namespace) -> None:

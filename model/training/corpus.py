@@ -84,7 +84,7 @@ def read_shard(path: str | Path) -> Shard:
         raise ValueError(f"{path}: no {', '.join(sorted(missing))}; not a shard of a corpus")
     ids, weights, starts = arrays["ids"], arrays["weights"], arrays["starts"]
     if (
-        (ids.dtype, weights.dtype, starts.dtype) != (np.uint16, np.uint8, np.int64)
+        [ids.dtype.name, weights.dtype.name, starts.dtype.name] != ["uint16", "uint8", "int64"]
         or len(ids) != len(weights)
         or not len(starts)
         or starts[0] != 0

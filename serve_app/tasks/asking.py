@@ -1,0 +1,72 @@
+"""A question of one turn: a wording with its fields, perhaps a system prompt, the answer to learn.
+
+A wording here is a pattern (see `wording`) that ends in its mark, "?" for a question and "." for a
+request, with named fields: "(what is|what's) {a} {sign} {b}?".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from random import Random
+
+from rayseek.serve_app.prompt import Message
+from rayseek.serve_app.tasks.example import Chat, Judge, Language
+from rayseek.serve_app.tasks.wording import drawn, spoken
+
+SYSTEM_PROMPTS: Mapping[Language, tuple[str, ...]] = {
+    "en": (
+        "You are a helpful assistant.",
+        "You are a helpful assistant.",
+        "You are a helpful Assistant.",
+        "Answer briefly.",
+        "You are a friendly assistant. Keep your answers short.",
+        "Be concise.",
+        "You are a careful assistant. Answer the question.",
+    ),
+    "zh": (
+        "你是一个有用的助手。",
+        "你是一个乐于助人的助手。",
+        "请简短地回答。",
+        "You are a helpful assistant.",
+    ),
+}
+_MARKS = {"?": "?", "？": "?", ".": ".", "。": "."}
+_REQUESTS: Mapping[Language, tuple[str, ...]] = {
+    "en": ("please {}", "please {}", "can you {}", "could you please {}", "{} please"),
+    "zh": ("请{}", "请{}", "帮我{}", "请帮我{}"),
+}
+
+
+def phrase(random: Random, language: Language, wordings: Sequence[str], **fields: object) -> str:
+    """One of the wordings as somebody types it, with its fields filled in unchanged."""
+    text = drawn(random, random.choice(wordings))
+    end = _MARKS.get(text[-1], "")
+    if end:
+        text = text[:-1]
+    if end == ".":
+        if random.random() < 0.2:
+            text = random.choice(_REQUESTS[language]).replace("{}", text)
+        spoken_text = spoken(random, language, text, end, polite=0.03)
+    else:
+        spoken_text = spoken(random, language, text, end)
+    return spoken_text.format_map(fields)
+
+
+def chat(
+    random: Random,
+    language: Language,
+    *,
+    key: str,
+    text: str,
+    answer: str,
+    judge: Judge,
+    system: str | None = None,
+    json_mode: bool = False,
+) -> Chat:
+    """A question of one turn. Without `system`, one in eight has a general system prompt."""
+    if system is None and random.random() < 0.12:
+        system = random.choice(SYSTEM_PROMPTS[language])
+    question = Message("user", text)
+    messages = (question,) if system is None else (Message("system", system), question)
+    reply = Message("assistant", answer)
+    return Chat(key, messages, reply, judge, json_mode=json_mode, language=language)

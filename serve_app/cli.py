@@ -1,4 +1,4 @@
-"""The `rayseek` command: serve, keys, inspect, make-model, make-corpus, bench, conformance.
+"""The `rayseek` command: serve, keys, inspect, make-model, make-corpus, bench, eval, conformance.
 
 Only argument parsing and messages; every command's work is elsewhere and imported when needed.
 """
@@ -85,6 +85,8 @@ def parser() -> argparse.ArgumentParser:
     conform.add_argument("--key", default=os.environ.get("OPENAI_API_KEY", ""), help="its API key")
     conform.add_argument("--model", help="model name to ask for; default: the server's first")
 
+    _add_eval(commands.add_parser("eval", help="how many questions an endpoint answers right"))
+
     bench = commands.add_parser("bench", help="throughput and latency, in-process and over HTTP")
     bench.add_argument("--model", type=Path, help="checkpoint folder; default: the bench model")
     bench.add_argument("--url", help="measure this running server only, as http://host:port")
@@ -115,6 +117,24 @@ def _add_keys(keys: argparse.ArgumentParser) -> None:
     revoke.add_argument("name")
 
 
+def _add_eval(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--url", default="http://127.0.0.1:8000/v1", help="default: %(default)s")
+    command.add_argument("--key", default=os.environ.get("OPENAI_API_KEY", ""), help="its API key")
+    command.add_argument("--model", help="model name to ask for; default: the server's first")
+    command.add_argument("--tasks", help="names with commas between; default: all")
+    command.add_argument("--languages", default="en,zh", help="default: %(default)s")
+    command.add_argument("--questions", type=int, help="of each task and language; default 100")
+    command.add_argument("--concurrency", type=int, default=16, help="requests at one time")
+    command.add_argument("--temperature", type=float, help="default: none is sent")
+    command.add_argument("--max-tokens", type=int, default=512, help="of an answer (default 512)")
+    command.add_argument("--seed", type=int, default=0, help="of the questions and the sampling")
+    command.add_argument("--json-mode", action="store_true", help="send response_format")
+    command.add_argument("--out", type=Path, help="write scores and failed questions there")
+    command.add_argument(
+        "--harness", metavar="TASKS", help="run these tasks of lm-eval instead, as mmlu_pro,aime24"
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -122,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         {
             "serve": serve, "keys": keys, "inspect": inspect, "make-model": make_model,
             "make-corpus": make_corpus,
-            "bench": bench, "conformance": conformance,
+            "bench": bench, "conformance": conformance, "eval": evaluate,
         }[arguments.command](arguments)  # fmt: skip
     except (ConfigFileError, ValueError, FileExistsError, FileNotFoundError) as error:
         fail(error)
@@ -282,6 +302,12 @@ def make_corpus(arguments: argparse.Namespace) -> None:
 
 def bench(arguments: argparse.Namespace) -> None:
     from rayseek.serve_app.bench import run
+
+    run(arguments)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from rayseek.serve_app.evaluate import run
 
     run(arguments)
 

@@ -78,14 +78,20 @@ class Reply:
         return error
 
 
+def base_of(url: str) -> str:
+    """An API's address without /v1 at its end, and with http:// where no scheme is given."""
+    full = url if "//" in url else f"http://{url}"
+    return full.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
 class Endpoint:
     """An API under test. Paths are given below its base, which ends in /v1 or in nothing."""
 
     def __init__(self, url: str, key: str, model: str | None = None) -> None:
         """Raises OSError or Unmet when the models cannot be listed, to learn the default one."""
-        parts = urlsplit(url if "//" in url else f"http://{url}")
-        self._secure, self._host = parts.scheme == "https", parts.netloc
-        self._root = parts.path.rstrip("/").removesuffix("/v1")
+        self.base = base_of(url)
+        parts = urlsplit(self.base)
+        self._secure, self._host, self._root = parts.scheme == "https", parts.netloc, parts.path
         self._key = key
         self.model = model or self._first_model()
 
@@ -128,6 +134,14 @@ class Endpoint:
             return Reply(reply.status, named, reply.read())
         finally:
             connection.close()
+
+
+def open_endpoint(url: str, key: str, model: str | None) -> Endpoint:
+    """An endpoint that has answered. Raises ValueError."""
+    try:
+        return Endpoint(url, key, model)
+    except (Unmet, OSError, http.client.HTTPException) as error:
+        raise ValueError(f"cannot list the models of {url}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,10 +218,7 @@ INDENT: Any = {"initial_indent": " " * 6, "subsequent_indent": " " * 12}
 
 def conformance(url: str, key: str, model: str | None) -> bool:
     """Run every check against `url`, print the card. True: all passed. Raises ValueError."""
-    try:
-        at = Endpoint(url, key, model)
-    except (Unmet, OSError, http.client.HTTPException) as error:
-        raise ValueError(f"cannot list the models of {url}: {error}") from None
+    at = open_endpoint(url, key, model)
     results = [run_check(made, at) for made in all_checks()]
     print(score_card(results))
     return all(result.seen is None for result in results)

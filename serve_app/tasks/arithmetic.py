@@ -11,7 +11,7 @@ from random import Random
 
 from rayseek.serve_app.tasks.asking import chat, phrase
 from rayseek.serve_app.tasks.example import Chat, Language, Task
-from rayseek.serve_app.tasks.judging import says_number
+from rayseek.serve_app.tasks.judging import NUMBER_WORDS, says_number
 from rayseek.serve_app.tasks.words import NAMES
 
 Wordings = Mapping[Language, tuple[str, ...]]
@@ -94,12 +94,7 @@ _FRUIT: Wordings = {
     "en": ("apples", "pears", "eggs", "cherries", "oranges", "lemons", "bananas", "cakes"),
     "zh": ("苹果", "香蕉", "橙子", "草莓", "鸡蛋", "蛋糕"),
 }
-_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-    "fifteen sixteen seventeen eighteen nineteen twenty"
-).split()
-_WORDS_ZH = "零 一 二 三 四 五 六 七 八 九 十 十一 十二 十三 十四 十五 十六 十七 十八 十九 二十".split()
-_WORD_LIMIT = len(_WORDS)
+_WORDS_UP_TO = 20
 
 
 def _operands(random: Random) -> tuple[int, str, int]:
@@ -114,11 +109,6 @@ def _operands(random: Random) -> tuple[int, str, int]:
     return (a, "-", b) if a >= b or roll > 0.94 else (b, "-", a)
 
 
-def number_word(number: int, language: Language) -> str:
-    """A number from 0 to 20 in words."""
-    return (_WORDS if language == "en" else _WORDS_ZH)[number]
-
-
 def _sum(random: Random, language: Language) -> Chat:
     a, sign, b = _operands(random)
     value = a + b if sign == "+" else a - b if sign == "-" else a * b
@@ -128,8 +118,8 @@ def _sum(random: Random, language: Language) -> Chat:
         shown |= {"who": random.choice(NAMES[language]), "thing": random.choice(_FRUIT[language])}
         text = phrase(random, language, _STORIES[language][sign], **shown)
     elif roll < 0.45:
-        if a < _WORD_LIMIT and b < _WORD_LIMIT and random.random() < 0.4:
-            shown = {"a": number_word(a, language), "b": number_word(b, language)}
+        if max(a, b) <= _WORDS_UP_TO and random.random() < 0.4:
+            shown = {"a": NUMBER_WORDS[language][a], "b": NUMBER_WORDS[language][b]}
         text = phrase(random, language, _NAMED[language][sign], **shown)
     else:
         shown["sign"] = random.choice("**×x") if sign == "×" else sign

@@ -39,7 +39,7 @@ _REQUESTS: Mapping[Language, tuple[str, ...]] = {
 
 def phrase(random: Random, language: Language, wordings: Sequence[str], **fields: object) -> str:
     """One of the wordings as somebody types it, with its fields filled in unchanged."""
-    text = drawn(random, random.choice(wordings))
+    text = drawn(random, random.choice(wordings)).replace("  ", " ").replace(" :", ":")
     end = _MARKS.get(text[-1], "")
     if end:
         text = text[:-1]

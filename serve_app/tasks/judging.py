@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from rayseek.serve_app.tasks.example import Answer, Judge
+from rayseek.serve_app.tasks.example import Answer, Judge, Language
 
 _NUMBER = re.compile(r"(?<!\d)(?<!\d )[-−]?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?")
 _NUMBERED_LINE = re.compile(r"(?m)^\s*\d+[.)]\s+(?=\S)")
 _FENCE = re.compile(r"```[A-Za-z]*\n(.*?)```", re.DOTALL)
 _QUOTED = re.compile(r"\*\*(.+?)\*\*|`([^`\n]+)`|\"([^\"\n]+)\"|“([^”]+)”|「([^」]+)」")
-_WORDS = (
+_ENGLISH = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen nineteen twenty"
-).split()
-_NUMBER_WORD = re.compile(r"\b(" + "|".join(_WORDS) + r")\b")
-_ZH_DIGITS = {"零": 0, "一": 1, "二": 2, "两": 2, "三": 3, "四": 4, "五": 5, "六": 6}
-_ZH_DIGITS |= {"七": 7, "八": 8, "九": 9, "十": 10}
+)
+_CHINESE = "零 一 二 三 四 五 六 七 八 九 十 十一 十二 十三 十四 十五 十六 十七 十八 十九 二十"
+NUMBER_WORDS: Mapping[Language, Sequence[str]] = {
+    "en": tuple(_ENGLISH.split()),
+    "zh": tuple(_CHINESE.split()),
+}
+_VALUES = {word: value for words in NUMBER_WORDS.values() for value, word in enumerate(words)}
+_VALUES["两"] = 2
+_NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(NUMBER_WORDS['en'])})\b|[零两一二三四五六七八九十]+")
 
 
 def numbers_in(text: str) -> list[float]:
@@ -36,10 +41,7 @@ def _last_number(text: str) -> float | None:
     if found:
         return found[-1]
     words = _NUMBER_WORD.findall(text.lower())
-    if words:
-        return float(_WORDS.index(words[-1]))
-    signs = [_ZH_DIGITS[sign] for sign in text if sign in _ZH_DIGITS]
-    return float(signs[-1]) if signs else None
+    return _VALUES.get(words[-1]) if words else None
 
 
 def says_number(value: float) -> Judge:

@@ -14,11 +14,13 @@ from rayseek.cluster.pages import pages_for
 from rayseek.cluster.scheduler import Limits
 from rayseek.kernels.select import choose_ops
 from rayseek.model.batch import PAGE_TOKENS
+from rayseek.model.cached_model import CachedModel
 from rayseek.model.checkpoint import Checkpoint
 from rayseek.model.config import ModelConfig
 from rayseek.model.inventory import owned_names
 from rayseek.model.latent_cache import LatentCache
-from rayseek.model.transformer import CachedModel, Transformer
+from rayseek.model.mtp import MTPModule
+from rayseek.model.transformer import Transformer
 from rayseek.model.vocabulary import undefined_ids
 
 log = logging.getLogger("rayseek.build")
@@ -33,9 +35,11 @@ def engine_limits(config: ModelConfig, settings: EngineSettings) -> EngineLimits
             f"engine.max_context is {context}, but the model has {allowed} positions "
             "(max_position_embeddings)"
         )
-    num_pages = int(settings.cache_gib * 2**30 / LatentCache.page_bytes(config))
+    drafts = settings.draft_tokens if config.num_nextn_predict_layers else 0
+    page_bytes = LatentCache.page_bytes(config, config.num_hidden_layers + bool(drafts))
+    num_pages = int(settings.cache_gib * 2**30 / page_bytes)
     if num_pages * PAGE_TOKENS < context:
-        needed = pages_for(context) * LatentCache.page_bytes(config) / 2**30
+        needed = pages_for(context) * page_bytes / 2**30
         raise ValueError(
             f"engine.cache_gib is {settings.cache_gib}: room for {num_pages * PAGE_TOKENS} tokens, "
             f"fewer than one context of {context}. Give it {needed:.2f} GiB or more, or lower "
@@ -46,6 +50,7 @@ def engine_limits(config: ModelConfig, settings: EngineSettings) -> EngineLimits
         context=context,
         max_queue=settings.max_queue,
         step=Limits(settings.max_batch, settings.step_tokens, settings.chunk_tokens),
+        draft_tokens=drafts,
     )
 
 
@@ -62,11 +67,12 @@ def build_engine(path: Path, settings: EngineSettings) -> Engine:
     limits = engine_limits(config, settings)
     weights = Checkpoint.open(path).load(owned_names(config))
     model = Transformer(config, weights, ops, limits.context)
+    mtp = MTPModule(config, weights, ops, model) if limits.draft_tokens else None
     pages = limits.num_pages
     log.info("KV cache: %d pages, %d tokens", pages, pages * PAGE_TOKENS)
     vocabulary = grammar_vocabulary(path, config.vocab_size, config.eos_token_id)
     return Engine(
-        CachedModel(model, pages),
+        CachedModel(model, pages, mtp),
         limits,
         undefined_ids(path, config.vocab_size),
         GrammarCompiler(vocabulary),

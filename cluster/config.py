@@ -33,6 +33,7 @@ class EngineSettings(Section):
     max_batch: int = Field(default=64, ge=1)  # sequences running at once
     step_tokens: int = Field(default=1024, ge=1)  # rows of a step that only computes prompts
     chunk_tokens: int = Field(default=256, ge=1)  # prompt rows of a step that also decodes
+    draft_tokens: int = Field(default=1, ge=0, le=8)  # most that the MTP module drafts; 0: none
     max_queue: int = Field(default=1024, ge=1)  # waiting requests; one more is refused with 503
     kernels: Literal["auto", "native", "reference"] = "auto"
     threads: int = Field(

@@ -1,27 +1,35 @@
 """The engine of one device: requests in, one step at a time, tokens out.
 
-`step()` is the whole story: plan, run the model, sample, commit. It owns the sequences and the
-pages; it knows no threads, no network and no text. Whatever goes wrong with one request ends that
-request alone.
+`step()` is the whole story: plan, run the model, sample, commit, draft. It owns the sequences and
+the pages; it knows no threads, no network and no text. Whatever goes wrong with one request ends
+that request alone.
+
+A sequence that decodes has a row for its last token and one for each draft of the step before. The
+sampler chooses a token for every row; a draft is accepted when it is the token that the row before
+it chose. So drafts decide how many tokens a step brings, and never which.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rayseek.cluster.grammar import GrammarCompiler
-from rayseek.cluster.next_token import TokenChooser
+from rayseek.cluster.next_token import GrammarMasks, TokenChooser
 from rayseek.cluster.pages import PagePool
 from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused, Token
 from rayseek.cluster.scheduler import Limits, Plan, SequenceView, plan_step
-from rayseek.cluster.sequence import Sequence
+from rayseek.cluster.sequence import Place, Sequence
+from rayseek.cluster.speculation import DepthPolicy, DraftMeter, choose_depth
 from rayseek.model.batch import PAGE_TOKENS, Batch
+from rayseek.model.cached_model import Passed
 
 log = logging.getLogger("rayseek.engine")
 
@@ -30,30 +38,74 @@ GRAMMAR_PATIENCE_S = 0.005  # an engine with nothing else to do looks at its inb
 
 
 class Model(Protocol):
-    """What the engine needs of a model: logits float32 [R, V] of the batch's out rows."""
+    """What the engine needs of a model; `model/cached_model.py` says what each pass computes."""
 
-    def __call__(self, batch: Batch) -> Tensor: ...
+    @property
+    def drafts(self) -> bool: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    def forward(self, batch: Batch) -> Passed: ...
+
+    def draft(self, batch: Batch, hidden_TD: Tensor) -> Passed: ...
+
+    def remember(self, batch: Batch, hidden_TD: Tensor) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """Sizes of one engine. context: most tokens of a sequence, prompt and answer together."""
+    """Sizes of one engine. context: most tokens of a sequence, prompt and answer together.
+
+    draft_tokens: most tokens drafted for a sequence in one step; 0: the draft module rests.
+    """
 
     num_pages: int
     context: int
     max_queue: int
     step: Limits
+    draft_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a dispatcher needs to know to choose a rank."""
+    """What a dispatcher needs to know to choose a rank, and how drafting goes.
+
+    drafted, accepted: drafts so far, by how far ahead they were (the first is one token);
+    draft_rates: the tokens/s predicted for 0, 1, ... drafts when `draft_depth` was chosen.
+    """
 
     running: int
     waiting: int
     pages_held: int
     pages_total: int
     prompt_tokens_queued: int
+    draft_depth: int = 0
+    draft_rates: tuple[float, ...] = ()
+    drafted: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """A step decided: `Engine.run` makes one `forward` and then `draft_depth` `draft` passes.
+
+    rows: sequences with their number of rows, pages already taken. deltas: news from before.
+    Ranks that must run the same passes agree on `draft_depth` between `plan` and `run`.
+    """
+
+    rows: tuple[tuple[Sequence, int], ...]
+    draft_depth: int = 0
+    deltas: tuple[Delta, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """Rows of a sequence whose latents are final now: from `start`, with their hidden states."""
+
+    sequence: Sequence
+    start: int
+    normed_TD: Tensor
 
 
 class Engine:
@@ -61,6 +113,7 @@ class Engine:
 
     undefined_ids: token ids that have logits but no token; they are never sampled (spec 5.1).
     grammars: without it, requests that carry a grammar are refused.
+    depth_policy: how many tokens to draft in a step, of those that the limits allow.
     """
 
     def __init__(
@@ -69,12 +122,15 @@ class Engine:
         limits: EngineLimits,
         undefined_ids: list[int],
         grammars: GrammarCompiler | None = None,
+        depth_policy: DepthPolicy = choose_depth,
     ) -> None:
         assert limits.num_pages * PAGE_TOKENS >= limits.context, "a context must fit the pages"
         self.model = model
         self.limits = limits
         self.pool = PagePool(limits.num_pages)
         self.chooser = TokenChooser(undefined_ids)
+        self.meter = DraftMeter(limits.draft_tokens if model.drafts else 0)
+        self._depth_policy = depth_policy
         self._grammars = grammars
         self._compiling: dict[str, Sequence] = {}  # not in the queue until their grammar is there
         self._waiting: dict[str, Sequence] = {}
@@ -136,31 +192,61 @@ class Engine:
             pages_held=sum(len(s.pages) for s in self._running.values()),
             pages_total=self.pool.num_pages,
             prompt_tokens_queued=queued,
+            draft_depth=self.meter.choice.depth,
+            draft_rates=self.meter.choice.rates,
+            drafted=tuple(self.meter.drafted),
+            accepted=tuple(self.meter.accepted),
         )
 
     # ---- one step ----
 
-    @torch.inference_mode()
     def step(self) -> list[Delta]:
-        """Run one step for whoever can run; returns what it brought each request."""
+        """Run one step for whoever can run; returns what it brought each request, in order.
+
+        A request has more than one delta only when the last is an error.
+        """
+        plan = self.plan()
+        return self.run(plan) if plan.rows else list(plan.deltas)
+
+    def plan(self) -> StepPlan:
+        """Decide on a step and take its pages. Nothing may be planned again before it has run."""
         deltas = self._take_compiled() if self._compiling else []
         plan = self._plan()
         self._carry_out(plan)
-        rows = [(self._running[key], count) for key, count in plan.chunks]
-        if not rows:
-            return deltas
+        rows = tuple((self._running[key], count) for key, count in plan.chunks)
+        decoding = sum(s.computed + count >= len(s.ids) for s, count in rows)
+        depth = self.meter.choose(self._depth_policy, decoding)
+        return StepPlan(rows, depth, tuple(deltas))
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> list[Delta]:
+        """Run a plan's passes, with empty batches where this engine has nothing to compute."""
         self.steps += 1
+        deltas = list(plan.deltas)
+        computed: list[_Computed] = []
+        decodes_only = all(len(s.ids) - s.computed == 1 for s, _ in plan.rows)
+        began = perf_counter()
         try:
-            return deltas + self._forward(rows)
+            deltas += self._forward(plan.rows, computed)
         except Exception:
-            log.exception("step %d failed; running its %d sequences alone", self.steps, len(rows))
-        # Nothing was committed, and the cache slots are simply written again: find the culprit.
-        for row in rows:
-            try:
-                deltas += self._forward([row])
-            except Exception as error:
-                log.exception("request %s failed", row[0].request.id)
-                deltas.append(self._end(row[0], (), FinishReason.ERROR, repr(error)))
+            log.exception("step %d failed; running its sequences alone", self.steps)
+            # Nothing was committed, and the cache slots are simply written again: find the culprit.
+            for row in plan.rows:
+                try:
+                    deltas += self._forward([row], computed)
+                except Exception as error:
+                    log.exception("request %s failed", row[0].request.id)
+                    deltas.append(self._end(row[0], (), FinishReason.ERROR, repr(error)))
+        if not self.meter.most:
+            return deltas
+        if decodes_only and plan.rows:
+            self.meter.step_took(sum(count for _, count in plan.rows), perf_counter() - began)
+        try:
+            self._draft(computed, plan.draft_depth)
+        except Exception:
+            log.exception("no drafts in step %d", self.steps)
+            for sequence, _ in plan.rows:
+                sequence.drafts = []
         return deltas
 
     def _take_compiled(self) -> list[Delta]:
@@ -182,8 +268,15 @@ class Engine:
     def _plan(self) -> Plan:
         running = [
             SequenceView(
-                key, s.order, len(s.ids), s.computed, len(s.pages), 0, self.pool.sole_held(s.pages)
-            )
+                key,
+                s.order,
+                len(s.ids),
+                s.computed,
+                len(s.pages),
+                0,
+                self.pool.sole_held(s.pages),
+                len(s.drafts),
+            )  # fmt: skip
             for key, s in self._running.items()
         ]
         waiting = []
@@ -204,7 +297,7 @@ class Engine:
         for key in plan.preempted:
             sequence = self._running.pop(key)
             self.pool.release(sequence.pages)
-            sequence.pages, sequence.computed = [], 0
+            sequence.pages, sequence.computed, sequence.drafts = [], 0, []
             self._waiting[key] = sequence
             self.preemptions += 1
         for key in plan.admitted:
@@ -217,42 +310,149 @@ class Engine:
         for key, count in plan.take:
             self._running[key].pages += self.pool.take(count)
 
-    def _forward(self, rows: list[tuple[Sequence, int]]) -> list[Delta]:
-        """Run the model over `count` new rows of each sequence, sample where a prompt is done."""
+    def _forward(self, rows: Rows[tuple[Sequence, int]], computed: list[_Computed]) -> list[Delta]:
+        """Run the model over new rows, choose tokens where all known ones are computed, commit.
+
+        Adds to `computed` what the draft module has to learn of.
+        """
+        starts = [s.computed for s, _ in rows]
+        places = [
+            s.places(s.computed + count - len(s.ids)) if s.computed + count >= len(s.ids) else []
+            for s, count in rows
+        ]
         batch = Batch.of_sequences(
-            [s.ids[s.computed : s.computed + count] for s, count in rows],
-            [s.computed for s, _ in rows],
+            [s.inputs(count) for s, count in rows],
+            starts,
             [s.pages for s, _ in rows],
-            [s.computed + count == len(s.ids) for s, count in rows],
+            [len(p) for p in places],
         )
-        ready = [s for s, count in rows if s.computed + count == len(s.ids)]
-        matchers = [s.matcher for s in ready if s.matcher is not None]
-        masks = self._grammars.masks(matchers) if self._grammars and matchers else None
-        logits_RV = self.model(batch)  # the masks are made meanwhile
-        tokens = self.chooser.choose(ready, logits_RV, masks) if ready else []
+        flat = [place for p in places for place in p]
+        masks = self._masks(flat)
+        passed = self.model.forward(batch)  # the masks are made meanwhile
+        tokens = self.chooser.choose(flat, passed.logits_RV, masks) if flat else []
 
         # Everything that can fail is behind us: commit.
-        for sequence, count in rows:
-            sequence.computed += count
-            for page in range((sequence.computed - count) // PAGE_TOKENS,
-                              sequence.computed // PAGE_TOKENS):  # fmt: skip
-                self.pool.publish(sequence.pages[page], sequence.hashes[page])
-        return [self._commit(s, token) for s, token in zip(ready, tokens, strict=True)]
+        deltas: list[Delta] = []
+        first_row = first_token = 0
+        for (sequence, count), start, own in zip(rows, starts, places, strict=True):
+            if own:
+                deltas += self._commit(sequence, tokens[first_token : first_token + len(own)])
+            else:
+                sequence.computed += count
+                self._publish(sequence, start)
+            if passed.normed_TD is not None and sequence.computed > start:
+                new = passed.normed_TD[first_row : first_row + sequence.computed - start]
+                computed.append(_Computed(sequence, start, new))
+            first_row += count
+            first_token += len(own)
+        return deltas
 
-    def _commit(self, sequence: Sequence, token: Token | str) -> Delta:
-        """Append a sampled token and see whether it was the last."""
-        params = sequence.request.sampling
-        if isinstance(token, str):
-            return self._end(sequence, (), FinishReason.ERROR, token)
-        stop = token.id in params.stop_token_ids
-        if sequence.matcher is not None and not stop:
-            if not sequence.matcher.consume_token(token.id):
-                return self._end(sequence, (), FinishReason.ERROR, sequence.grammar_error())
-            stop = sequence.matcher.is_stopped()
-        sequence.append(token.id)
-        if stop or sequence.num_emitted >= params.max_tokens:
-            return self._end(sequence, (token,), FinishReason.STOP if stop else FinishReason.LENGTH)
-        return Delta(sequence.request.id, (token,), None, sequence.cached_tokens)
+    def _masks(self, places: Rows[Place]) -> GrammarMasks | None:
+        matchers = [place.matcher for place in places if place.matcher is not None]
+        return self._grammars.masks(matchers) if self._grammars and matchers else None
+
+    def _publish(self, sequence: Sequence, start: int) -> None:
+        """Share the pages that became full since `start` tokens were computed."""
+        for page in range(start // PAGE_TOKENS, sequence.computed // PAGE_TOKENS):
+            self.pool.publish(sequence.pages[page], sequence.hashes[page])
+
+    def _commit(self, sequence: Sequence, chosen: list[Token | str]) -> list[Delta]:
+        """Append the first chosen token, and of the others those that follow accepted drafts.
+
+        Drafts that came true are computed already; the last token never is.
+        """
+        params, key = sequence.request.sampling, sequence.request.id
+        start = sequence.computed
+        drafts, sequence.drafts = sequence.drafts[: len(chosen) - 1], []
+        tokens: list[Token] = []
+        finish: FinishReason | None = None
+        error: str | None = None
+        for number, token in enumerate(chosen):
+            if isinstance(token, str):
+                finish, error = FinishReason.ERROR, token
+                break
+            stop = token.id in params.stop_token_ids
+            if sequence.matcher is not None and not stop:
+                if not sequence.matcher.consume_token(token.id):
+                    finish, error = FinishReason.ERROR, sequence.place.grammar_error()
+                    break
+                stop = sequence.matcher.is_stopped()
+            accepted = number < len(drafts) and token.id == drafts[number]
+            if drafts:
+                rejected = 0 if accepted else len(drafts) - number
+                token = replace(token, drafted=accepted, rejected=rejected)
+            sequence.append(token.id)
+            tokens.append(token)
+            if stop or sequence.num_emitted >= params.max_tokens:
+                finish = FinishReason.STOP if stop else FinishReason.LENGTH
+            if finish or not accepted:
+                break
+        self.meter.verified(len(drafts), sum(token.drafted for token in tokens))
+        if finish is FinishReason.ERROR:
+            news = [Delta(key, tuple(tokens), None, sequence.cached_tokens)] if tokens else []
+            return [*news, self._end(sequence, (), finish, error)]
+        sequence.computed = len(sequence.ids) - 1
+        self._publish(sequence, start)
+        if finish:
+            return [self._end(sequence, tuple(tokens), finish)]
+        return [Delta(key, tuple(tokens), None, sequence.cached_tokens)]
+
+    def _draft(self, computed: list[_Computed], depth: int) -> None:
+        """Teach the draft module the new rows, and draft `depth` tokens where they can be used.
+
+        A row of the module is a hidden state and the token after it, which is known by now. The
+        next step brings a token by itself, so the last one allowed is never drafted. Sequences
+        that have ended are learned too: their pages may be somebody's prefix.
+        """
+        learning: list[tuple[_Computed, int]] = []  # with the number of rows
+        drafting: list[Sequence] = []
+        hidden: list[Tensor] = []
+        for c in computed:
+            s = c.sequence
+            left = s.request.sampling.max_tokens - s.num_emitted - 1
+            drafts = depth and left > 0 and s.request.id in self._running
+            wanted = bool(drafts) and s.computed == len(s.ids) - 1
+            if wanted:
+                drafting.append(s)
+                hidden.append(c.normed_TD[-1:])
+            if len(c.normed_TD) > wanted:
+                learning.append((c, len(c.normed_TD) - wanted))
+        if learning:
+            batch = Batch.of_sequences(
+                [c.sequence.ids[c.start + 1 : c.start + 1 + n] for c, n in learning],
+                [c.start for c, _ in learning],
+                [c.sequence.pages for c, _ in learning],
+                [0] * len(learning),
+            )
+            self.model.remember(batch, torch.cat([c.normed_TD[:n] for c, n in learning]))
+        hidden_TD = torch.cat(hidden) if hidden else torch.empty(0, self.model.hidden_size)
+        for number in range(depth):
+            began = perf_counter()
+            batch = Batch.of_sequences(
+                [[s.drafts[-1] if s.drafts else s.ids[-1]] for s in drafting],
+                [s.computed - 1 + number for s in drafting],
+                [s.pages for s in drafting],
+            )
+            places = [s.places(number)[-1] for s in drafting]
+            masks = self._masks(places)
+            passed = self.model.draft(batch, hidden_TD)
+            if not drafting:
+                continue
+            drawn = self.chooser.draw(places, passed.logits_RV, masks)
+            for s, token in zip(drafting, drawn, strict=True):
+                if isinstance(token, int):
+                    s.drafts.append(token)
+            self.meter.draft_took(len(drafting), perf_counter() - began)
+            on = [r for r, s in enumerate(drafting) if self._wants_more(s, number + 1)]
+            assert passed.normed_TD is not None
+            hidden_TD = passed.normed_TD[on]
+            drafting = [drafting[r] for r in on]
+
+    def _wants_more(self, s: Sequence, drafts: int) -> bool:
+        """Whether a sequence with that many drafts can use one more, and has a slot for it."""
+        usable = s.request.sampling.max_tokens - s.num_emitted - 1
+        room = len(s.pages) * PAGE_TOKENS - s.computed
+        return len(s.drafts) == drafts < usable and drafts <= room
 
     def _end(
         self,

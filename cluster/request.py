@@ -65,11 +65,17 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A sampled token; log-probabilities are of the unmodified logits."""
+    """A sampled token; log-probabilities are of the unmodified logits.
+
+    drafted: it had been proposed by the draft module and came true.
+    rejected: drafts that fell because this token was sampled.
+    """
 
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    drafted: bool = False
+    rejected: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Which tokens the next engine step computes: a pure function over plain numbers.
 
 Policy. Every sequence that only waits for its next token takes part in every step, so a long
-prompt never stops the others. What is left of the step's token budget goes to prompts, in chunks,
+prompt never stops the others; its drafts are verified in the same step if their pages are there,
+and nobody gives way to a draft. What is left of the step's token budget goes to prompts, in chunks,
 in order of (priority, arrival). A prompt is admitted when pages for all of it are there. When
 decoding needs a page and none is left, the last sequence in that same order gives its pages back
 and is computed again later ("preemption by recompute").
@@ -31,7 +32,8 @@ class SequenceView:
     length: tokens known (prompt and emitted); computed: of these, in the cache;
     pages: held (running), or held once admitted without taking new ones (waiting: cached prefix);
     idle_pages: cached pages that nobody holds, which admission takes out of the available ones;
-    sole_pages: pages that no other sequence holds, which preemption would give back.
+    sole_pages: pages that no other sequence holds, which preemption would give back;
+    drafts: tokens to verify after the last known one.
     """
 
     key: str
@@ -41,6 +43,7 @@ class SequenceView:
     pages: int
     idle_pages: int = 0
     sole_pages: int = 0
+    drafts: int = 0
 
     @property
     def remaining(self) -> int:
@@ -53,7 +56,10 @@ class SequenceView:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """chunks: (key, rows to compute now), decoding sequences first; take: (key, new pages)."""
+    """chunks: (key, rows to compute now), decoding sequences first; take: (key, new pages).
+
+    A decoding sequence has a row for its last token and one for each draft to be verified.
+    """
 
     chunks: tuple[tuple[str, int], ...] = ()
     admitted: tuple[str, ...] = ()
@@ -93,7 +99,14 @@ def plan_step(
             i += 1
 
     decoding = [s for s in alive if s.remaining == 1]
-    chunks = [(s.key, 1) for s in decoding]
+    chunks = []
+    for sequence in decoding:  # drafts: as many as fit the pages there are
+        more = sequence.new_pages(sequence.length + sequence.drafts) - take.get(sequence.key, 0)
+        if 0 < more <= available and not preempted:
+            available -= more
+            take[sequence.key] = take.get(sequence.key, 0) + more
+        room = (sequence.pages + take.get(sequence.key, 0)) * PAGE_TOKENS - sequence.computed
+        chunks.append((sequence.key, min(1 + sequence.drafts, room)))
     budget = limits.chunk_tokens if decoding else limits.step_tokens
 
     # Step 2: go on with prompts that have begun.

@@ -1,4 +1,4 @@
-"""A request inside the engine: its tokens, its pages, and what of them is computed."""
+"""A request inside the engine: its tokens, its pages, what of them is computed, what is drafted."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Sequence:
     cached_tokens: int | None = None  # prompt tokens the first prefill skipped
     counts: dict[int, int] = field(default_factory=dict)  # emitted tokens, for penalties
     matcher: LLMatcher | None = None  # has consumed the emitted tokens; None: no grammar
+    drafts: list[int] = field(default_factory=list)  # guesses of what comes after `ids`
 
     @staticmethod
     def start(request: Request, arrival: int) -> Sequence:
@@ -48,11 +49,6 @@ class Sequence:
         """Addresses of the pages a prefix match may use: the last token is always recomputed."""
         return self.hashes[: (len(self.ids) - 1) // PAGE_TOKENS]
 
-    def grammar_error(self) -> str | None:
-        if self.matcher is None or not self.matcher.is_error():
-            return None
-        return f"the grammar cannot be followed any further: {reason(self.matcher)}"
-
     def append(self, token: int) -> None:
         self.ids.append(token)
         self.counts[token] = self.counts.get(token, 0) + 1
@@ -66,7 +62,66 @@ class Sequence:
             first = page * PAGE_TOKENS
             self.hashes.append(page_hash(parent, self.ids[first : first + PAGE_TOKENS]))
 
+    def inputs(self, rows: int) -> list[int]:
+        """The next `rows` tokens to compute: known ones first, then drafts."""
+        stop = self.computed + rows
+        return self.ids[self.computed : stop] + self.drafts[: max(0, stop - len(self.ids))]
+
+    @property
+    def place(self) -> Place:
+        """Where its next token is drawn."""
+        return Place(self, (), self.matcher)
+
+    def places(self, drafts: int) -> list[Place]:
+        """Where tokens are drawn: after all known tokens, and after each of the first drafts."""
+        places = [self.place]
+        for count in range(1, drafts + 1):
+            places.append(places[-1].then(self.drafts[count - 1]))
+        return places
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A position where a token is drawn: after a sequence and drafts that nobody has verified.
+
+    matcher: the grammar's state there. A place behind a draft has a copy of its own, so that
+    whatever becomes of the copy, the sequence's own matcher stands behind its emitted tokens.
+    """
+
+    sequence: Sequence
+    drafts: tuple[int, ...] = ()
+    matcher: LLMatcher | None = None
+
+    def then(self, draft: int) -> Place:
+        """The place after one more draft. One that breaks the grammar is never accepted, and
+        what the copy says afterwards is not asked for."""
+        matcher = self.matcher
+        if matcher is not None:
+            matcher = matcher.deep_copy()
+            matcher.consume_token(draft)
+        return Place(self.sequence, (*self.drafts, draft), matcher)
+
+    @property
+    def num_emitted(self) -> int:
+        return self.sequence.num_emitted + len(self.drafts)
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """How often each token was emitted, the drafts included."""
+        if not self.drafts:
+            return self.sequence.counts
+        counts = dict(self.sequence.counts)
+        for token in self.drafts:
+            counts[token] = counts.get(token, 0) + 1
+        return counts
+
+    def grammar_error(self) -> str | None:
+        if self.matcher is None or not self.matcher.is_error():
+            return None
+        return f"the grammar cannot be followed any further: {reason(self.matcher)}"
+
     def draw(self) -> Draw:
-        """How its next token is drawn; the position makes the noise independent of history."""
-        p = self.request.sampling
-        return Draw(p.temperature, p.top_k, p.top_p, p.min_p, p.seed, len(self.ids))
+        """How its token is drawn; the position makes the noise independent of history."""
+        p = self.sequence.request.sampling
+        position = len(self.sequence.ids) + len(self.drafts)
+        return Draw(p.temperature, p.top_k, p.top_p, p.min_p, p.seed, position)

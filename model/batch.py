@@ -5,6 +5,7 @@ Passed explicitly to everything that needs it; nothing about a step is global.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,17 +40,17 @@ class Batch:
         new_ids: list[list[int]],
         starts: list[int],
         pages: list[list[int]],
-        wants_logits: list[bool] | None = None,
+        out_rows: Sequence[int] | None = None,
     ) -> Batch:
-        """Rows `starts[b] ...` of each sequence; logits of the last row of those that want them.
+        """Rows `starts[b] ...` of each sequence; logits of the last out_rows[b] of them.
 
-        wants_logits None: logits of every row.
+        out_rows None: logits of every row. No sequences: a batch without rows.
         """
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         sequence: list[int] = []
-        out_rows: list[int] = []
+        out: list[int] = []
         for b, (row_ids, start, table) in enumerate(zip(new_ids, starts, pages, strict=True)):
             first = len(ids)
             ids += row_ids
@@ -58,11 +59,8 @@ class Batch:
             slots += [table[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS
                       for p in range(start, stop)]  # fmt: skip
             sequence += [b] * len(row_ids)
-            if wants_logits is None:
-                out_rows += range(first, len(ids))
-            elif wants_logits[b]:
-                out_rows.append(len(ids) - 1)
-        width = max(len(table) for table in pages)
+            out += range(first if out_rows is None else len(ids) - out_rows[b], len(ids))
+        width = max((len(table) for table in pages), default=1)
         return Batch(
             ids_T=torch.tensor(ids, dtype=torch.int64),
             positions_T=torch.tensor(positions, dtype=torch.int32),
@@ -70,6 +68,6 @@ class Batch:
             sequence_T=torch.tensor(sequence, dtype=torch.int32),
             page_table_BP=torch.tensor(
                 [table + [0] * (width - len(table)) for table in pages], dtype=torch.int32
-            ),
-            out_rows_R=torch.tensor(out_rows, dtype=torch.int64),
+            ).view(-1, width),
+            out_rows_R=torch.tensor(out, dtype=torch.int64),
         )

@@ -25,6 +25,7 @@ class LatentCache:
         ]
 
     @staticmethod
-    def page_bytes(config: ModelConfig) -> int:
-        """Bytes of one page over all main layers."""
-        return config.num_hidden_layers * PAGE_TOKENS * -(-config.latent_width // 16) * 16 * 4
+    def page_bytes(config: ModelConfig, layers: int | None = None) -> int:
+        """Bytes of one page over `layers` layers, by default the main model's."""
+        count = config.num_hidden_layers if layers is None else layers
+        return count * PAGE_TOKENS * -(-config.latent_width // 16) * 16 * 4

@@ -57,9 +57,7 @@ class MLA:
     def __call__(self, x_TD: Tensor, batch: Batch, pages: Tensor, cos_sin_PR: Tensor) -> Tensor:
         """x_TD float32 -> [T, D]; writes the rows' latents into `pages` first."""
         ops, c = self.ops, self.config
-        a = ops.linear(x_TD, self.q_and_kv_a, norm=self.input_norm)
-        q, ckr_TX = a[:, : self.q_width], a[:, self.q_width :]
-        ops.store_latents(ckr_TX, self.kv_norm, cos_sin_PR, batch.positions_T, batch.slots_T, pages)
+        q = self.remember(x_TD, batch, pages, cos_sin_PR)
         if self.q_b is not None:
             q = ops.linear(q, self.q_b, norm=self.q_norm)
         q_THW = q.reshape(len(x_TD), c.num_attention_heads, c.qk_head_dim)
@@ -71,6 +69,14 @@ class MLA:
                 batch.sequence_T, batch.positions_T, c.softmax_scale,
             )  # fmt: skip
         return ops.linear(heads, self.o, residual_TN=x_TD)
+
+    def remember(self, x_TD: Tensor, batch: Batch, pages: Tensor, cos_sin_PR: Tensor) -> Tensor:
+        """Write the rows' latents; returns their first query projection [T, Q]."""
+        a = self.ops.linear(x_TD, self.q_and_kv_a, norm=self.input_norm)
+        self.ops.store_latents(
+            a[:, self.q_width :], self.kv_norm, cos_sin_PR, batch.positions_T, batch.slots_T, pages
+        )
+        return a[:, : self.q_width]
 
     def _naive(self, q_THW: Tensor, batch: Batch, pages: Tensor, cos_sin_PR: Tensor) -> Tensor:
         """Expand each sequence's cached latents to keys and values; plain attention."""

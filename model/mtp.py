@@ -44,14 +44,33 @@ class MTPModule:
         self.final_norm = norm("shared_head.norm")
 
     def __call__(self, batch: Batch, hidden_TD: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """Draft logits float32 [R, V] for the out rows, and the normed states [T, D].
+        """Draft logits float32 [R, V] for the out rows, and the normed states [T, D]."""
+        normed_TD = self.states(batch, hidden_TD, pages)
+        return self.ops.linear(normed_TD[batch.out_rows_R], self.main.head), normed_TD
+
+    def states(self, batch: Batch, hidden_TD: Tensor, pages: Tensor) -> Tensor:
+        """The states [T, D] that the head makes draft logits of; writes `pages`.
 
         batch: ids are the tokens at i + 1, positions those of the hidden states i.
         hidden_TD: the main model's states after its final norm, or this module's own output when
         drafting further (spec 2.2: normed states are recycled). pages: of this module.
         """
         ops, main = self.ops, self.main
-        embedded_TD = main.embed_VD[batch.ids_T].float()
+        x_TD = self._joined(batch, hidden_TD)
+        x_TD = self.block.attend(x_TD, batch, pages, main.cos_sin_PR)
+        x_TD = self.block.feed_forward(x_TD)
+        return ops.rms_norm(x_TD, self.final_norm)
+
+    def remember(self, batch: Batch, hidden_TD: Tensor, pages: Tensor) -> None:
+        """Write the latents that `__call__` would, and compute nothing else: one layer deep, they
+        depend on no other row."""
+        x_TD = self._joined(batch, hidden_TD)
+        self.block.attend.remember(x_TD, batch, pages, self.main.cos_sin_PR)
+
+    def _joined(self, batch: Batch, hidden_TD: Tensor) -> Tensor:
+        """What enters the layer: token and hidden state, each normed, as one vector."""
+        ops = self.ops
+        embedded_TD = self.main.embed_VD[batch.ids_T].float()
         both = torch.cat(  # embedding first: the order of the checkpoint, not of the paper's eq. 21
             [
                 ops.rms_norm(embedded_TD, self.embedding_norm),
@@ -59,8 +78,4 @@ class MTPModule:
             ],
             dim=1,
         )
-        x_TD = ops.linear(both, self.eh_proj)
-        x_TD = self.block.attend(x_TD, batch, pages, main.cos_sin_PR)
-        x_TD = self.block.feed_forward(x_TD)
-        normed_TD = ops.rms_norm(x_TD, self.final_norm)
-        return ops.linear(normed_TD[batch.out_rows_R], main.head), normed_TD
+        return ops.linear(both, self.eh_proj)

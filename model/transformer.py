@@ -88,10 +88,10 @@ class Transformer:
         self.final_norm = Norm(weights.tensor("model.norm.weight").float(), config.rms_norm_eps)
         self.head = ops.pack(weights.weight("lm_head.weight"))
 
-    def hidden(self, batch: Batch, cache: LatentCache) -> Tensor:
-        """Hidden states float32 [T, D] before the final norm; writes the cache."""
+    def hidden(self, batch: Batch, layers: list[Tensor]) -> Tensor:
+        """Hidden states float32 [T, D] before the final norm; writes the pages of its layers."""
         x_TD = self.embed_VD[batch.ids_T].float()
-        for block, pages in zip(self.blocks, cache.layers, strict=True):
+        for block, pages in zip(self.blocks, layers, strict=True):
             x_TD = block.attend(x_TD, batch, pages, self.cos_sin_PR)
             x_TD = block.feed_forward(x_TD)
         return x_TD
@@ -102,18 +102,7 @@ class Transformer:
 
     def __call__(self, batch: Batch, cache: LatentCache) -> Tensor:
         """Logits float32 [R, V] of the batch's out rows."""
-        x_TD = self.hidden(batch, cache)
+        x_TD = self.hidden(batch, cache.layers)
         if len(batch.out_rows_R) != len(x_TD):
             x_TD = x_TD[batch.out_rows_R]
         return self.logits(x_TD)
-
-
-class CachedModel:
-    """A transformer with its page pool, as the engine wants it: batch -> logits."""
-
-    def __init__(self, transformer: Transformer, num_pages: int) -> None:
-        self.transformer = transformer
-        self.cache = LatentCache(transformer.config, num_pages, transformer.ops)
-
-    def __call__(self, batch: Batch) -> Tensor:
-        return self.transformer(batch, self.cache)

@@ -12,11 +12,14 @@ import torch
 from rayseek.cluster.engine import Engine, EngineLimits
 from rayseek.cluster.grammar import GrammarCompiler, grammar_vocabulary
 from rayseek.cluster.scheduler import Limits
+from rayseek.cluster.speculation import DepthPolicy, choose_depth
 from rayseek.kernels.select import choose_ops
+from rayseek.model.cached_model import CachedModel
 from rayseek.model.checkpoint import Checkpoint
 from rayseek.model.inventory import owned_names
 from rayseek.model.maker import SMALL, make_checkpoint
-from rayseek.model.transformer import CachedModel, Transformer
+from rayseek.model.mtp import MTPModule
+from rayseek.model.transformer import Transformer
 from rayseek.model.vocabulary import undefined_ids
 
 torch.set_num_threads(1)
@@ -38,9 +41,11 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny_path: Path) -> Transformer:
+def tiny_model(tiny_path: Path) -> tuple[Transformer, MTPModule]:
     weights = Checkpoint.open(tiny_path).load(owned_names(TINY), progress=False)
-    return Transformer(TINY, weights, choose_ops().ops, TINY.max_position_embeddings)
+    ops = choose_ops().ops
+    main = Transformer(TINY, weights, ops, TINY.max_position_embeddings)
+    return main, MTPModule(TINY, weights, ops, main)
 
 
 STEP = Limits(max_batch=16, step_tokens=256, chunk_tokens=64)
@@ -48,8 +53,8 @@ EngineMaker = Callable[..., Engine]
 
 
 @pytest.fixture(scope="session")
-def make_engine(tiny_model: Transformer, tiny_path: Path) -> EngineMaker:
-    """Engines over one set of weights, each with a page pool of its own."""
+def make_engine(tiny_model: tuple[Transformer, MTPModule], tiny_path: Path) -> EngineMaker:
+    """Engines over one set of weights, each with a page pool of its own. They draft on request."""
     undefined = undefined_ids(tiny_path, TINY.vocab_size)
     vocabulary = grammar_vocabulary(tiny_path, TINY.vocab_size, TINY.eos_token_id)
 
@@ -58,10 +63,12 @@ def make_engine(tiny_model: Transformer, tiny_path: Path) -> EngineMaker:
         context: int = 1024,
         max_queue: int = 1000,
         step: Limits = STEP,
+        draft_tokens: int = 0,
+        policy: DepthPolicy = choose_depth,
     ) -> Engine:
-        limits = EngineLimits(pages, context, max_queue, step)
-        return Engine(
-            CachedModel(tiny_model, pages), limits, undefined, GrammarCompiler(vocabulary)
-        )
+        limits = EngineLimits(pages, context, max_queue, step, draft_tokens)
+        main, mtp = tiny_model
+        model = CachedModel(main, pages, mtp if draft_tokens else None)
+        return Engine(model, limits, undefined, GrammarCompiler(vocabulary), policy)
 
     return make

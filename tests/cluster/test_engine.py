@@ -17,6 +17,7 @@ from rayseek.cluster.engine import Engine, run_to_end
 from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused, SamplingParams
 from rayseek.cluster.scheduler import Limits
 from rayseek.model.batch import PAGE_TOKENS, Batch
+from rayseek.model.cached_model import Passed
 
 EngineMaker = Callable[..., Engine]
 FEW = settings(
@@ -143,12 +144,20 @@ class CountingModel:
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
+        self.drafts, self.hidden_size = inner.drafts, inner.hidden_size
         self.rows = 0
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Passed:
         self.rows += len(batch.ids_T)
-        result: Tensor = self.inner(batch)
+        result: Passed = self.inner.forward(batch)
         return result
+
+    def draft(self, batch: Batch, hidden_TD: Tensor) -> Passed:
+        result: Passed = self.inner.draft(batch, hidden_TD)
+        return result
+
+    def remember(self, batch: Batch, hidden_TD: Tensor) -> None:
+        self.inner.remember(batch, hidden_TD)
 
 
 @FEW
@@ -264,16 +273,16 @@ class FaultyModel(CountingModel):
         super().__init__(inner)
         self.how = how
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Passed:
         bad = (batch.ids_T == 299).nonzero().flatten()
         if len(bad) and self.how == "raise":
             raise RuntimeError("a kernel failed")
-        logits: Tensor = self.inner(batch)
+        passed: Passed = self.inner.forward(batch)
         sequences = set(batch.sequence_T[bad].tolist())
         for row, out in enumerate(batch.out_rows_R.tolist()):
             if int(batch.sequence_T[out]) in sequences:
-                logits[row] = torch.nan
-        return logits
+                passed.logits_RV[row] = torch.nan
+        return passed
 
 
 @pytest.mark.parametrize("how", ["raise", "nan"])

@@ -184,7 +184,9 @@ def test_mtp_module_follows_its_definition(tmp_path: Path, ops: Ops) -> None:
     ids = random_ids(config, 70)
     batch = Batch.of_sequences([ids[1:]], [0], [[1, 0]])
     hidden = ops.rms_norm(
-        model.hidden(Batch.of_sequences([ids[:-1]], [0], [[0, 1]]), LatentCache(config, 2, ops)),
+        model.hidden(
+            Batch.of_sequences([ids[:-1]], [0], [[0, 1]]), LatentCache(config, 2, ops).layers
+        ),
         model.final_norm,
     )
     logits, normed = mtp(batch, hidden, ops.new_pages(2, config.latent_width))

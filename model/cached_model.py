@@ -1,0 +1,79 @@
+"""What an engine runs: the main model and its draft module over one page pool.
+
+Two kinds of pass. `forward` is the main model; `draft` is the MTP module (spec section 2), which
+proposes the token after the next. Each runs every layer it has once, so ranks that share experts
+meet in it equally often. `remember` only writes the draft module's latents and meets nobody.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rayseek.model.batch import Batch
+from rayseek.model.latent_cache import LatentCache
+from rayseek.model.mtp import MTPModule
+from rayseek.model.transformer import Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """What a pass brought: logits float32 [R, V] of the batch's out rows.
+
+    normed_TD: hidden states after the final norm, of every row, for the next draft pass;
+    None from a model that does not draft.
+    """
+
+    logits_RV: Tensor
+    normed_TD: Tensor | None
+
+
+class CachedModel:
+    """A transformer, its draft module if it has one, and `num_pages` pages for both.
+
+    The module's latents are one more layer of every page. Slot i belongs to (hidden state i,
+    token i + 1), so the last slot of a page knows the first token of the next page. A sequence
+    that shares the page may have another token there; the slot is a hint like every draft, and
+    costs at most a rejected one.
+    """
+
+    def __init__(
+        self, transformer: Transformer, num_pages: int, mtp: MTPModule | None = None
+    ) -> None:
+        self.transformer, self.mtp = transformer, mtp
+        config = transformer.config
+        layers = config.num_hidden_layers + (mtp is not None)
+        self.cache = LatentCache(config, num_pages, transformer.ops, layers)
+        self._main = self.cache.layers[: config.num_hidden_layers]
+
+    @property
+    def drafts(self) -> bool:
+        """Whether `draft` and `remember` may be called."""
+        return self.mtp is not None
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a hidden state."""
+        return self.transformer.config.hidden_size
+
+    def forward(self, batch: Batch) -> Passed:
+        """The main model over new rows; writes their latents."""
+        model = self.transformer
+        x_TD = model.hidden(batch, self._main)
+        out_RD = x_TD if len(batch.out_rows_R) == len(x_TD) else x_TD[batch.out_rows_R]
+        normed = model.ops.rms_norm(x_TD, model.final_norm) if self.mtp is not None else None
+        return Passed(model.logits(out_RD), normed)
+
+    def draft(self, batch: Batch, hidden_TD: Tensor) -> Passed:
+        """One draft pass. batch.ids_T[t] follows the token at whose position hidden_TD[t] is.
+
+        hidden_TD: rows of `normed_TD` from `forward`, or from `draft` to look further ahead.
+        """
+        assert self.mtp is not None
+        return Passed(*self.mtp(batch, hidden_TD, self.cache.layers[-1]))
+
+    def remember(self, batch: Batch, hidden_TD: Tensor) -> None:
+        """Write the module's latents of rows of which no draft is wanted."""
+        assert self.mtp is not None
+        self.mtp.remember(batch, hidden_TD, self.cache.layers[-1])

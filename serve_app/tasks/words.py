@@ -33,9 +33,9 @@ NAMES, CITIES = _TABLES["names"], _TABLES["cities"]
 OBJECTS, ANIMALS, FOODS = _TABLES["objects"], _TABLES["animals"], _TABLES["foods"]
 COLOURS = _TABLES["colours"]
 
-_CONSONANTS = (*"bdfgklmnprstvz", "br", "dr", "gr", "kl", "pl", "st", "tr", "sh")
+_CONSONANTS: tuple[str, ...] = (*"bdfgklmnprstvz", "br", "dr", "gr", "kl", "pl", "st", "tr", "sh")
 _VOWELS = "aeiou"
-_ENDS = (*("",) * 4, *"nrslxmk")
+_ENDS: tuple[str, ...] = (*("",) * 4, *"nrslxmk")
 _CHINESE = "阿巴贝波卡达德迪多尔菲戈哈加科克拉莱里洛鲁马梅米莫纳尼诺帕皮萨塞西索塔特托维亚伊约"
 
 

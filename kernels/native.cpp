@@ -13,6 +13,61 @@
 #include "native_attention.h"
 #include "native_matrix.h"
 
+// ---------------------------------------------------------------- routed experts
+
+// y[i] = expert ids[i] applied to row i / K of x, or to row index[i] if x has one. Id `lowest` may
+// be -1: no expert, zeros. 1 if an id is out of range.
+static int expert_products(const Input& x, long count, long K, const int32_t* ids, int lowest,
+                           long E, const Packed* gate_up, const Packed* down, bool share,
+                           float* y) {
+    long D = down->n;
+    int32_t* start = scratch<int32_t>(PAIRS, E + 1 + 2 * count);
+    int32_t *pair = start + E + 1, *row = pair + count;
+    std::fill(start, start + E + 1, 0);
+    for (long i = 0; i < count; i++) {
+        if (ids[i] < lowest || ids[i] >= E) return 1;
+        if (ids[i] < 0) memset(y + i * D, 0, D * sizeof(float));
+        else start[ids[i] + 1]++;
+    }
+    for (long e = 0; e < E; e++) start[e + 1] += start[e];
+    for (long i = 0; i < count; i++)
+        if (ids[i] >= 0) pair[start[ids[i]]++] = (int32_t)i;
+    for (long i = 0, end = E ? start[E - 1] : 0; i < end; i++)  // start[e] is now the end of e
+        row[i] = x.index ? x.index[pair[i]] : pair[i] / (int32_t)K;
+    struct Task { long expert, first, rows; };
+    std::vector<Task> tasks;
+    for (long e = 0, first = 0; e < E; first = start[e++])
+        for (long at = first; at < start[e]; at += CHUNK)
+            tasks.push_back({e, at, std::min(CHUNK, start[e] - at)});
+    auto multiply_task = [&](long i) {
+        const Task& task = tasks[i];
+        gated({x.at, x.stride, row}, task.first, task.rows, gate_up[task.expert],
+              down[task.expert], {y, D, pair, nullptr, 0});
+    };
+    if (share) pool().run((long)tasks.size(), multiply_task);
+    else {
+        Tiles tiles;
+        for (long i = 0; i < (long)tasks.size(); i++) multiply_task(i);
+    }
+    return 0;
+}
+
+// into[t] += weights[t, k] * y[index[t, k]], k ascending; without an index, of row t * K + k.
+static int combine(const float* y, long M, long T, long K, const int32_t* index,
+                   const float* weights, long D, float* into, long ldi) {
+    for (long i = 0; index && i < T * K; i++)
+        if (index[i] < 0 || index[i] >= M) return 1;
+    for (long t = 0; t < T; t++)
+        for (long d = 0; d < D; d += 16) {
+            float* to = into + t * ldi + d;
+            v16 total = load_n(to, D - d);
+            for (long i = t * K; i < (t + 1) * K; i++)
+                total += load_n(y + (index ? index[i] : i) * D + d, D - d) * weights[i];
+            store_n(to, total, D - d);
+        }
+    return 0;
+}
+
 // ---------------------------------------------------------------- the C interface
 
 extern "C" {
@@ -164,45 +219,20 @@ void rs_mlp(const float* x, long ldx, long T, const Packed* gate_up, const Packe
     });
 }
 
-// Each expert multiplies its rows together; then every token adds its own in ascending order,
-// product and sum rounded apart, as a rank that receives the products from elsewhere does.
+// An expert multiplies its rows together, and every token adds its own in ascending order, product
+// and sum rounded apart: the same whether the products are made here or come from other ranks.
 int rs_experts(const float* x, long ldx, long T, long K, const int32_t* ids, const float* weights,
                long E, const Packed* gate_up, const Packed* down, float* into, long ldi) {
-    long D = down->n, pairs = T * K;
-    float* y = scratch<float>(EXPERT_OUT, pairs * D);
-    int32_t* start = scratch<int32_t>(PAIRS, E + 1 + 2 * pairs);
-    int32_t *pair = start + E + 1, *token = pair + pairs;
-    std::fill(start, start + E + 1, 0);
-    for (long i = 0; i < pairs; i++) {
-        if (ids[i] < 0 || ids[i] >= E) return 1;
-        start[ids[i] + 1]++;
-    }
-    for (long e = 0; e < E; e++) start[e + 1] += start[e];
-    for (long i = 0; i < pairs; i++) pair[start[ids[i]]++] = (int32_t)i;
-    for (long i = 0; i < pairs; i++) token[i] = pair[i] / (int32_t)K;
-    struct Task { long expert, first, rows; };
-    std::vector<Task> tasks;
-    for (long e = 0, first = 0; e < E; first = start[e++])  // start[e] is now the end of e
-        for (long at = first; at < start[e]; at += CHUNK)
-            tasks.push_back({e, at, std::min(CHUNK, start[e] - at)});
-    auto multiply_task = [&](long i) {
-        const Task& task = tasks[i];
-        gated({x, ldx, token}, task.first, task.rows, gate_up[task.expert], down[task.expert],
-              {y, D, pair, nullptr, 0});
-    };
-    if (T >= 16) pool().run((long)tasks.size(), multiply_task);
-    else {
-        Tiles tiles;
-        for (long i = 0; i < (long)tasks.size(); i++) multiply_task(i);
-    }
-    for (long t = 0; t < T; t++)
-        for (long d = 0; d < D; d += 16) {
-            float* to = into + t * ldi + d;
-            v16 total = load_n(to, D - d);
-            for (long k = 0; k < K; k++)
-                total += load_n(y + (t * K + k) * D + d, D - d) * weights[t * K + k];
-            store_n(to, total, D - d);
-        }
-    return 0;
+    float* y = scratch<float>(EXPERT_OUT, T * K * down->n);
+    if (expert_products({x, ldx, nullptr}, T * K, K, ids, 0, E, gate_up, down, T >= 16, y)) return 1;
+    return combine(y, T * K, T, K, nullptr, weights, down->n, into, ldi);
+}
+int rs_expert_rows(const float* x, long ldx, long N, const int32_t* rows, const int32_t* ids,
+                   long E, const Packed* gate_up, const Packed* down, float* y) {
+    return expert_products({x, ldx, rows}, N, 1, ids, -1, E, gate_up, down, N >= 64, y);
+}
+int rs_combine(const float* y, long M, long T, long K, const int32_t* index, const float* weights,
+               long D, float* into, long ldi) {
+    return combine(y, M, T, K, index, weights, D, into, ldi);
 }
 }

@@ -153,8 +153,7 @@ class NativeOps:
             return
         x = _rows(x_TD, packed.gate_up[0].k)
         _check_writable(into_TD, "into", packed.down[0].n)
-        if expert_TK.dtype is not torch.int32 or not expert_TK.is_contiguous():
-            expert_TK = expert_TK.int().contiguous()
+        expert_TK = _ints(expert_TK)
         weight = _rows(weight_TK, expert_TK.shape[1]).contiguous()
         if self.library.rs_experts(
             x.data_ptr(), x.stride(0), x.shape[0], expert_TK.shape[1], expert_TK.data_ptr(),
@@ -162,6 +161,37 @@ class NativeOps:
             into_TD.data_ptr(), into_TD.stride(0),
         ):  # fmt: skip
             raise ValueError(f"expert ids must be 0..{packed.count - 1}, the experts packed")
+
+    def join_experts(self, parts: list[NativeExperts]) -> NativeExperts:
+        return NativeExperts(
+            [w for part in parts for w in part.gate_up], [w for part in parts for w in part.down]
+        )
+
+    def expert_rows(
+        self, x_TD: Tensor, row_N: Tensor, expert_N: Tensor, packed: NativeExperts
+    ) -> Tensor:
+        if not packed.count or not len(row_N):
+            return torch.zeros(len(row_N), x_TD.shape[1])
+        x = _rows(x_TD, packed.gate_up[0].k)
+        row_N, expert_N = _ints(row_N), _ints(expert_N)
+        out = torch.empty(len(row_N), packed.down[0].n)
+        if self.library.rs_expert_rows(
+            x.data_ptr(), x.stride(0), len(row_N), row_N.data_ptr(), expert_N.data_ptr(),
+            packed.count, packed.gate_up_array, packed.down_array, out.data_ptr(),
+        ):  # fmt: skip
+            raise ValueError(f"expert ids must be -1..{packed.count - 1}, the experts packed")
+        return out
+
+    def combine(self, y_MD: Tensor, index_TK: Tensor, weight_TK: Tensor, into_TD: Tensor) -> None:
+        y = _rows(y_MD, into_TD.shape[1]).contiguous()
+        _check_writable(into_TD, "into", y.shape[1])
+        rows, top_k = index_TK.shape
+        index, weight = _ints(index_TK), _rows(weight_TK, top_k).contiguous()
+        if self.library.rs_combine(
+            y.data_ptr(), len(y), rows, top_k, index.data_ptr(), weight.data_ptr(), y.shape[1],
+            into_TD.data_ptr(), into_TD.stride(0),
+        ):  # fmt: skip
+            raise ValueError(f"indices must be 0..{len(y) - 1}, the rows that came back")
 
 
 def _rows(x: Tensor, width: int) -> Tensor:
@@ -171,6 +201,11 @@ def _rows(x: Tensor, width: int) -> Tensor:
     if x.dtype is not torch.float32 or x.stride(-1) != 1:
         x = x.float().contiguous()
     return x
+
+
+def _ints(x: Tensor) -> Tensor:
+    """x as contiguous int32."""
+    return x if x.dtype is torch.int32 and x.is_contiguous() else x.int().contiguous()
 
 
 def _check_writable(x: Tensor, name: str, width: int) -> None:

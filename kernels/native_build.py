@@ -41,6 +41,8 @@ SIGNATURES: dict[str, list[Any]] = {
     "rs_mlp": [POINTER, LONG, LONG, POINTER, POINTER, POINTER],
     "rs_experts": [POINTER, LONG, LONG, LONG, POINTER, POINTER]
     + [LONG, POINTER, POINTER, POINTER, LONG],
+    "rs_expert_rows": [POINTER, LONG, LONG, POINTER, POINTER, LONG, POINTER, POINTER, POINTER],
+    "rs_combine": [POINTER, LONG, LONG, LONG, POINTER, POINTER, LONG, POINTER, LONG],
 }
 
 
@@ -62,7 +64,8 @@ def load_native(target: str = "native") -> tuple[ctypes.CDLL, bool]:
     for name, arguments in SIGNATURES.items():
         getattr(library, name).argtypes = arguments
         getattr(library, name).restype = None
-    library.rs_experts.restype = INT
+    for name in ("rs_experts", "rs_expert_rows", "rs_combine"):
+        getattr(library, name).restype = INT
     library.rs_init.restype = INT
     return library, bool(library.rs_init())
 

@@ -108,3 +108,26 @@ class Ops(Protocol):
 
         expert_TK: int32, ascending in each row, indices into the lists given to pack_experts.
         """
+
+
+class SplitOps(Ops, Protocol):
+    """What it takes besides when the experts of a layer are spread over several ranks.
+
+    `expert_rows` where the experts are and `combine` where the rows came from give, bit for bit,
+    what `experts` gives in one place.
+    """
+
+    def join_experts(self, parts: list[Any]) -> Any:
+        """Several results of `pack_experts` as one, sharing their memory."""
+
+    def expert_rows(self, x_TD: Tensor, row_N: Tensor, expert_N: Tensor, packed: Any) -> Tensor:
+        """y[i] = expert_N[i](x[row_N[i]]), float32 [N, D]; zeros where the expert is -1.
+
+        row_N, expert_N: int32. x rows may be a slice of wider rows.
+        """
+
+    def combine(self, y_MD: Tensor, index_TK: Tensor, weight_TK: Tensor, into_TD: Tensor) -> None:
+        """into[t] += weight[t, k] * y[index[t, k]], in place, k ascending, in float32.
+
+        index_TK: int32, where the product of row t and its k-th expert is.
+        """

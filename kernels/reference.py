@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rayseek.kernels.experts import experts_ref, mlp_ref
+from rayseek.kernels.experts import combine_ref, expert_rows_ref, experts_ref, mlp_ref
 from rayseek.kernels.fp8 import dequantise_ref
 from rayseek.kernels.latent_pages import store_latents_ref
 from rayseek.kernels.linear import linear_ref
@@ -88,3 +88,17 @@ class ReferenceOps:
     ) -> None:  # fmt: skip
         gate_up, down = packed
         experts_ref(x_TD, expert_TK, weight_TK, gate_up, down, into_TD)
+
+    def join_experts(
+        self, parts: list[tuple[list[Tensor], list[Tensor]]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        return [w for part in parts for w in part[0]], [w for part in parts for w in part[1]]
+
+    def expert_rows(
+        self, x_TD: Tensor, row_N: Tensor, expert_N: Tensor,
+        packed: tuple[list[Tensor], list[Tensor]],
+    ) -> Tensor:  # fmt: skip
+        return expert_rows_ref(x_TD, row_N, expert_N, *packed)
+
+    def combine(self, y_MD: Tensor, index_TK: Tensor, weight_TK: Tensor, into_TD: Tensor) -> None:
+        combine_ref(y_MD, index_TK, weight_TK, into_TD)

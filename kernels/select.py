@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from rayseek.kernels.native import NativeOps
 from rayseek.kernels.native_build import NativeUnavailableError
-from rayseek.kernels.ops import Ops
+from rayseek.kernels.ops import SplitOps
 from rayseek.kernels.reference import ReferenceOps
 
 Preference = Literal["auto", "native", "reference"]
@@ -15,7 +15,7 @@ Preference = Literal["auto", "native", "reference"]
 class Choice(NamedTuple):
     """The operations to use, and why these, in one line for an operator."""
 
-    ops: Ops
+    ops: SplitOps
     reason: str
 
 

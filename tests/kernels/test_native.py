@@ -206,6 +206,7 @@ class Layer:
         down = [weight(90 + i, self.d, 24, kind) for i in range(8)]
         self.gate_up, self.down = ops.pack_stack(gate_up[0]), ops.pack(down[0])
         self.experts = ops.pack_experts(gate_up, down)
+        self.each_gate_up, self.each_down = gate_up, down
         self.norm = Norm(randn(3, self.d), 1e-6)
         self.cache = Cache([200, 130, 70], self.latent, 8)
         self.pages = as_pages(ops, self.cache.pages)
@@ -260,6 +261,60 @@ def test_nor_on_threads(ops: NativeOps) -> None:
         assert torch.equal(alone, shared)
 
 
+@kinds
+@given(
+    seed=st.integers(0, 50),
+    count=st.sampled_from([1, 2, 15, 16, 70, 200]),
+    holders=st.integers(1, 5),
+    threads=st.integers(1, 3),
+)
+@FEW
+def test_experts_apart_are_experts_together(
+    ops: NativeOps, kind: str, seed: int, count: int, holders: int, threads: int
+) -> None:
+    """Products made by several holders, with copies of rows, in any order, then combined."""
+    layer = Layer(ops, kind)
+    ops.library.rs_set_threads(threads)
+    wide = randn(seed, count, layer.d + 5)
+    x, logits = wide[:, : layer.d], randn(seed + 3, count, 8)
+    ids, weights = ops.route(logits, layer.bias, 4, 2, 3, True, 2.5)
+    expected, into = randn(seed + 4, count, layer.d), randn(seed + 4, count, layer.d)
+    ops.experts(x, ids, weights, layer.experts, expected)
+
+    parts = [
+        ops.pack_experts([gu], [d])
+        for gu, d in zip(layer.each_gate_up, layer.each_down, strict=True)
+    ]
+    index, products = torch.empty(count * 3, dtype=torch.int32), []
+    owner = torch.randint(holders, (8,), generator=torch.Generator().manual_seed(seed))
+    at = 0
+    for holder in range(holders):
+        mine = [e for e in range(8) if owner[e] == holder]
+        pairs = torch.isin(ids.flatten(), torch.tensor(mine)).nonzero()[:, 0]
+        pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))]
+        local = torch.tensor([mine.index(e) for e in ids.flatten()[pairs].tolist()]).int()
+        packed = ops.join_experts([parts[e] for e in mine])
+        products.append(ops.expert_rows(x, (pairs // 3).int(), local, packed))
+        index[pairs] = torch.arange(at, at + len(pairs), dtype=torch.int32)
+        at += len(pairs)
+    ops.combine(torch.cat(products), index.view(count, 3), weights, into)
+    assert torch.equal(into, expected)
+
+
+def test_a_row_without_an_expert_is_zero(ops: NativeOps) -> None:
+    layer, x = Layer(ops, "bf16"), randn(1, 2, 72)
+    rows, ids = torch.tensor([1, 0, 1]), torch.tensor([3, -1, 3])
+    got = ops.expert_rows(x, rows, ids, layer.experts)
+    assert not got[1].any() and got[0].any() and torch.equal(got[0], got[2])
+    expected = REFERENCE.expert_rows(x, rows, ids, Layer(REFERENCE, "bf16").experts)
+    close(got, expected, 3e-5)
+    into, again = randn(2, 1, 72), randn(2, 1, 72)
+    index, weights = torch.tensor([[2, 0]], dtype=torch.int32), torch.tensor([[0.3, 0.7]])
+    ops.combine(got, index, weights, into)
+    REFERENCE.combine(got, index, weights, again)
+    assert torch.equal(into, again)
+
+
 def test_wrong_shapes_are_refused(ops: NativeOps) -> None:
     layer = Layer(ops, "bf16")
     with pytest.raises(ValueError, match="rows have 71 values, the weight takes 72"):
@@ -270,6 +325,10 @@ def test_wrong_shapes_are_refused(ops: NativeOps) -> None:
     with pytest.raises(ValueError, match=r"expert ids must be 0\.\.7"):
         ids = torch.tensor([[8]], dtype=torch.int32)
         ops.experts(torch.zeros(1, 72), ids, torch.ones(1, 1), layer.experts, torch.zeros(1, 72))
+    with pytest.raises(ValueError, match=r"expert ids must be -1\.\.7"):
+        ops.expert_rows(torch.zeros(1, 72), ids[0] * 0, ids[0], layer.experts)
+    with pytest.raises(ValueError, match=r"indices must be 0\.\.2"):
+        ops.combine(torch.zeros(3, 72), ids, torch.ones(1, 1), torch.zeros(1, 72))
     with pytest.raises(ValueError, match="cannot choose 5 of 8 experts in 2 of 4 groups"):
         ops.route(torch.zeros(1, 8), layer.bias, 4, 2, 5, True, 1.0)
 

@@ -26,6 +26,22 @@ def quantise_blocks_ref(w_NK: Tensor) -> Weight:
     return Weight(flat.to(torch.float8_e4m3fn).contiguous(), scale)
 
 
+def quantise_rows_ref(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations [T, K] as e4m3, and float32 scales [ceil(K/128), T]: amax / 448, 1 for zeros."""
+    rows, k = x_TK.shape
+    padded = torch.nn.functional.pad(x_TK.float(), (0, -k % BLOCK))
+    groups = padded.view(rows, -(-k // BLOCK), BLOCK)
+    amax = groups.abs().amax(dim=-1)
+    scale = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
+    data = (groups / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).flatten(1)[:, :k]
+    return data.to(torch.float8_e4m3fn).contiguous(), scale.T.contiguous()
+
+
+def dequantise_rows_ref(data: Tensor, scale_GT: Tensor) -> Tensor:
+    """The float32 values [T, K] of quantised activations."""
+    return data.float() * scale_GT.T.repeat_interleave(BLOCK, 1)[:, : data.shape[1]]
+
+
 def dequantise_ref(weight: Weight) -> Tensor:
     """The float32 values [N, K] of a weight, whatever it is stored as.
 

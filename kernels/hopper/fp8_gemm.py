@@ -1,0 +1,248 @@
+"""Block-FP8 matrix product: e4m3 activations (1x128 scales) times e4m3 weights (128x128 scales).
+
+out[t, n] = sum over blocks k of (x_k . w_k) * (x_scale * w_scale), each block in the tensor cores,
+their sum in float32 registers, k ascending: the same operations for every tile shape, so a row's
+result does not depend on how many rows there are. Two forms:
+
+- swapped: weights are the 64 or 128 rows of the tensor-core tile and tokens its 16..64 columns,
+  since Hopper's wgmma has no tile of fewer than 64 rows; for decoding, where bytes count;
+- wide: 128 x 128 tiles fed by TMA, for prompts, where arithmetic counts.
+
+Both also multiply groups of rows by a matrix of their own (the routed experts): `Tiles` then says
+which rows each tile has and which expert's they are. Reference: dequantised values, `linear_ref`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from rayseek.kernels.fp8 import BLOCK
+from rayseek.kernels.hopper.offline import Variant
+
+
+class Swapped(NamedTuple):
+    """Tile of the swapped form: weight rows x tokens."""
+
+    weights: int
+    tokens: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """Row tiles of a grouped product, int32 each: which expert (-1: no tile), rows first..stop."""
+
+    expert: Tensor
+    first: Tensor
+    stop: Tensor
+    rows: int  # most rows of a tile: 16, 32, 64 (swapped) or 128 (wide)
+
+
+WIDE_ROWS = 128  # rows of a tile of the wide form, and from how many rows on it is used
+WIDE_WARPS, WIDE_STAGES, WIDE_SWIZZLE = 8, 4, 8
+STREAMING_BLOCKS = 132  # fewer tiles of 128 weight rows than processors: take tiles of 64
+SWAPPED = {
+    (weights, tokens): Swapped(weights, tokens, 4, stages)
+    for weights, tokens, stages in [
+        (64, 16, 8), (64, 32, 8), (64, 64, 6), (128, 16, 6), (128, 32, 6), (128, 64, 5),
+    ]
+}  # fmt: skip
+
+
+@triton.jit
+def swapped_kernel(
+    x, x_scale, w, w_scale, residual, out, tile_expert, tile_first, tile_stop,
+    T, N, K, stride_res, GROUPED: tl.constexpr, RESIDUAL: tl.constexpr, EVEN_K: tl.constexpr,
+    BN: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)  # fastest, so that tiles of the same weights share them in L2
+    blocks = tl.cdiv(K, 128)
+    first, stop = tile * BT, T
+    if GROUPED:
+        expert = tl.load(tile_expert + tile)
+        if expert < 0:
+            return
+        first, stop = tl.load(tile_first + tile), tl.load(tile_stop + tile)
+        w += expert.to(tl.int64) * N * K
+        w_scale += expert.to(tl.int64) * tl.cdiv(N, 128) * blocks
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    t = first + tl.arange(0, BT)
+    n_in = tl.where(n < N, n, 0)  # rows outside are computed from row 0 and not stored
+    t_in = tl.where(t < stop, t, first)
+    k = tl.arange(0, 128)
+    w_at = w + n_in.to(tl.int64)[:, None] * K + k[None, :]
+    x_at = x + t_in.to(tl.int64)[None, :] * K + k[:, None]
+    w_scale_at = w_scale + (tl.program_id(1) * BN // 128) * blocks
+    x_scale_at = x_scale + t_in
+    sum_NT = tl.zeros((BN, BT), tl.float32)
+    scale = tl.load(x_scale_at) * tl.load(w_scale_at)
+    for block in range(0, blocks):
+        w_scale_at += 1  # the next block's scales: only tiles are prefetched by the compiler
+        x_scale_at += T
+        more = block + 1 < blocks
+        next_x, next_w = tl.load(x_scale_at, more), tl.load(w_scale_at, more)
+        if EVEN_K:
+            w_tile, x_tile = tl.load(w_at), tl.load(x_at)
+        else:
+            rest = K - block * 128
+            w_tile = tl.load(w_at, k[None, :] < rest, other=0.0)
+            x_tile = tl.load(x_at, k[:, None] < rest, other=0.0)
+        sum_NT += tl.dot(w_tile, x_tile) * scale[None, :]
+        scale = next_x * next_w
+        w_at += 128
+        x_at += 128
+    inside = (n[:, None] < N) & (t[None, :] < stop)
+    row = t.to(tl.int64)[None, :]
+    if RESIDUAL:
+        sum_NT += tl.load(residual + row * stride_res + n[:, None], inside, other=0.0)
+    tl.store(out + row * N + n[:, None], sum_NT.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def wide_kernel(
+    x, x_scale, w, w_scale, residual, out, tile_expert, tile_first, tile_stop,
+    T, N, K, stride_res, GROUPED: tl.constexpr, RESIDUAL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SWIZZLE: tl.constexpr,
+):  # fmt: skip
+    blocks = K // 128
+    row_tiles, n_tiles = tl.num_programs(0), tl.num_programs(1)
+    pid = tl.program_id(1) * row_tiles + tl.program_id(0)
+    band = SWIZZLE * n_tiles  # neighbours share weights and rows in L2
+    top = (pid // band) * SWIZZLE
+    height = min(row_tiles - top, SWIZZLE)
+    tile, n_tile = top + (pid % band) % height, (pid % band) // height
+    first, stop, w_row = tile * BM, T, n_tile * BN
+    w_scale_at = w_scale + n_tile * BN // 128 * blocks
+    if GROUPED:
+        expert = tl.load(tile_expert + tile)
+        if expert < 0:
+            return
+        first, stop = tl.load(tile_first + tile), tl.load(tile_stop + tile)
+        w_row += expert * N
+        w_scale_at += expert * tl.cdiv(N, 128) * blocks
+    t = first + tl.arange(0, BM)
+    x_scale_at = x_scale + tl.where(t < stop, t, first)
+    sum_TN = tl.zeros((BM, BN), tl.float32)
+    scale = tl.load(x_scale_at) * tl.load(w_scale_at)
+    for block in range(0, blocks):
+        w_scale_at += 1
+        x_scale_at += T
+        more = block + 1 < blocks
+        next_x, next_w = tl.load(x_scale_at, more), tl.load(w_scale_at, more)
+        x_tile = x.load([first, block * 128])
+        w_tile = w.load([w_row, block * 128])
+        sum_TN += tl.dot(x_tile, w_tile.T) * scale[:, None]
+        scale = next_x * next_w
+    n = n_tile * BN + tl.arange(0, BN)
+    inside = (t[:, None] < stop) & (n[None, :] < N)
+    row = t.to(tl.int64)[:, None]
+    if RESIDUAL:
+        sum_TN += tl.load(residual + row * stride_res + n[None, :], inside, other=0.0)
+    tl.store(out + row * N + n[None, :], sum_TN.to(out.dtype.element_ty), inside)
+
+
+def fp8_matmul(
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    residual: Tensor | None = None,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """x @ w.T (+ residual) -> [T, N]: bfloat16, or float32 with a residual.
+
+    x e4m3 [T, K], x_scale [K/128, T]; w e4m3 [N, K], w_scale [N/128, K/128]. With tiles: w
+    [E, N, K], w_scale [E, N/128, K/128]; rows outside every tile are left undefined.
+    """
+    rows, k = x.shape
+    n = w.shape[-2]
+    kind = torch.bfloat16 if residual is None else torch.float32
+    out = torch.empty(rows, n, dtype=kind, device=x.device)
+    if not rows:
+        return out
+    size = tiles.rows if tiles else min(max(triton.next_power_of_2(rows), 16), WIDE_ROWS)
+    count = len(tiles.expert) if tiles else triton.cdiv(rows, size)
+    wide = size >= WIDE_ROWS and not k % BLOCK and not (tiles and n % BLOCK)
+    grouped = (tiles.expert, tiles.first, tiles.stop) if tiles else (None, None, None)
+    last = (
+        residual, out, *grouped, rows, n, k, residual.stride(0) if residual is not None else 0,
+        tiles is not None, residual is not None,
+    )  # fmt: skip
+    if wide:
+        x_tiles = TensorDescriptor.from_tensor(x, [WIDE_ROWS, BLOCK])
+        w_tiles = TensorDescriptor.from_tensor(w.view(-1, k), [WIDE_ROWS, BLOCK])
+        wide_kernel[(count, triton.cdiv(n, WIDE_ROWS))](
+            x_tiles, x_scale, w_tiles, w_scale, *last, WIDE_ROWS, WIDE_ROWS, WIDE_SWIZZLE,
+            num_warps=WIDE_WARPS, num_stages=WIDE_STAGES,
+        )  # fmt: skip
+        return out
+    if not tiles:
+        size = min(size, 64)
+        count = triton.cdiv(rows, size)
+    config = swapped_config(n, size, w.shape[0] if tiles else 1)
+    swapped_kernel[(count, triton.cdiv(n, config.weights))](
+        x, x_scale, w, w_scale, *last, k % BLOCK == 0, config.weights, size,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return out
+
+
+def swapped_config(n: int, tokens: int, experts: int = 1) -> Swapped:
+    """Tile for weights of n rows; small tiles where large ones would leave processors idle."""
+    enough = n // 128 * experts >= STREAMING_BLOCKS
+    return SWAPPED[128 if enough else 64, tokens]
+
+
+def _variants() -> list[Variant]:
+    types = {
+        "x": "*fp8e4nv", "x_scale": "*fp32", "w": "*fp8e4nv", "w_scale": "*fp32",
+        "residual": "*fp32", "out": "*bf16", "tile_expert": "*i32", "tile_first": "*i32",
+        "tile_stop": "*i32",
+    }  # fmt: skip
+    found = []
+    for config in SWAPPED.values():
+        for grouped in (False, True) if config.weights == 128 else (False,):
+            constants = {"GROUPED": grouped, "RESIDUAL": False, "EVEN_K": True,
+                         "BN": config.weights, "BT": config.tokens}  # fmt: skip
+            name = f"fp8 {'grouped' if grouped else 'gemm'} {config.weights}x{config.tokens}"
+            found.append(
+                Variant(
+                    name,
+                    swapped_kernel,
+                    types,
+                    constants,
+                    config.warps,
+                    config.stages,
+                    wgmma=True,
+                    unaligned=("T",),
+                )  # fmt: skip
+            )
+    tile = f"tensordesc<fp8e4nv[{WIDE_ROWS}, {BLOCK}]>"
+    for grouped, residual in ((False, False), (False, True), (True, False)):
+        constants = {"GROUPED": grouped, "RESIDUAL": residual, "BM": WIDE_ROWS, "BN": WIDE_ROWS,
+                     "SWIZZLE": WIDE_SWIZZLE}  # fmt: skip
+        what = "grouped" if grouped else "gemm"
+        out = {"out": "*fp32"} if residual else {}
+        found.append(
+            Variant(
+                f"fp8 {what} wide{' residual' if residual else ''}",
+                wide_kernel,
+                types | {"x": tile, "w": tile} | out,
+                constants,
+                WIDE_WARPS,
+                WIDE_STAGES,
+                wgmma=True,
+                tma=True,
+                unaligned=("T",),
+            )  # fmt: skip
+        )
+    return found
+
+
+VARIANTS = _variants()

@@ -43,13 +43,14 @@ def phrase(random: Random, language: Language, wordings: Sequence[str], **fields
     end = _MARKS.get(text[-1], "")
     if end:
         text = text[:-1]
+    polite = 0.15
     if end == ".":
-        if random.random() < 0.2:
+        polite = 0.03
+        if text.startswith("{"):  # begins with what the request is about
+            polite = 0.0
+        elif random.random() < 0.2:
             text = random.choice(_REQUESTS[language]).replace("{}", text)
-        spoken_text = spoken(random, language, text, end, polite=0.03)
-    else:
-        spoken_text = spoken(random, language, text, end)
-    return spoken_text.format_map(fields)
+    return spoken(random, language, text, end, polite).format_map(fields)
 
 
 def chat(

@@ -27,7 +27,8 @@ _UNITS: Mapping[str, Unit] = {
         "months months month", "dozen dozen dozen", "eggs eggs egg", "dollars dollars dollar",
         "cents cents cent", "feet ft foot", "inches inches inch",
         "千米 公里 千米", "米 米 米", "厘米 厘米 厘米", "毫米 毫米 毫米", "千克 公斤 千克",
-        "克 克 克", "吨 吨 吨", "升 升 升", "毫升 毫升 毫升", "小时 小时 小时", "分钟 分钟 分钟", "秒 秒钟 秒",
+        "克 克 克", "吨 吨 吨", "升 升 升", "毫升 毫升 毫升", "小时 小时 小时",
+        "分钟 分钟 分钟", "秒 秒钟 秒",
         "天 天 天", "周 星期 周", "年 年 年", "个月 个月 个月", "元 块 元", "分 分 分",
     )
 }  # fmt: skip

@@ -1,0 +1,272 @@
+"""Answers in JSON: the fields of a text, a list, a question with its answer.
+
+The fields are asked for in the ways that people ask: by name, by an empty form, by a JSON schema,
+or by an example in the system prompt as DeepSeek's guide to JSON mode shows it. Half of the
+questions also switch JSON mode on; the others rely on the words alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from random import Random
+
+from rayseek.serve_app.tasks.asking import chat, phrase
+from rayseek.serve_app.tasks.example import Chat, Language, Task
+from rayseek.serve_app.tasks.judging import says_json
+from rayseek.serve_app.tasks.records import Record, records
+from rayseek.serve_app.tasks.wording import drawn
+from rayseek.serve_app.tasks.words import (
+    ANIMALS,
+    COLOURS,
+    FOODS,
+    NAMES,
+    OBJECTS,
+    capitalised,
+    city,
+    invented,
+    invented_name,
+    name,
+    thing,
+)
+
+Wordings = Mapping[Language, tuple[str, ...]]
+_BY_NAME: Wordings = {
+    "en": (
+        "(extract|get|find|pull out) (the |){fields} (as|in|to) JSON: {text}",
+        "(extract|get) (the |){fields} from (this text|the text|this|this sentence) (as JSON|and "
+        "answer in JSON|as a JSON object): {text}",
+        "(extract|get) (the |){fields} from this text (as JSON|as a JSON object).\n{text}",
+        "{text} (Answer|Reply) (in|with|as) JSON with (the keys|the fields|keys) {fields}.",
+        "{text}\n(Return|Give me|Output) (a JSON object|JSON) with {fields}.",
+        "(make|create|write) (a JSON object|JSON) with (the keys |){fields} from: {text}",
+        "(parse|turn|convert) (this|the text) (to|into) JSON (|with the fields )({fields}): {text}",
+        "json with {fields}: {text}",
+    ),
+    "zh": (
+        "(提取|从文中提取|找出){fields}，(用JSON回答|输出JSON|以JSON格式输出|返回JSON)：{text}",
+        "{text}(请|)(用JSON|以JSON格式)(给出|输出|返回){fields}。",
+        "{text}\n(输出|返回)JSON，(字段|键)为{fields}。",
+        "把(这句话|下面的话)(转成|变成|转换成)JSON，字段为{fields}：{text}",
+    ),
+}
+_BY_FORM: Wordings = {
+    "en": (
+        "(answer|reply|respond) (with|in) JSON (like|of the form|in this format) {form}: {text}",
+        "(fill in|fill) this JSON(|:) {form}\n{text}",
+        "{text}\n(Answer|Reply) (with|in) JSON (in this format|like this): {form}",
+    ),
+    "zh": ("(按照|用)这个(格式|形式)输出JSON：{form}\n{text}", "{text}\n填写这个JSON：{form}"),
+}
+_BY_SCHEMA: Wordings = {
+    "en": (
+        "{text}\n(Answer|Reply) with JSON (matching|for|that follows) this schema: {form}",
+        "(extract|answer in) JSON (matching|by|with) this schema: {form}\n{text}",
+    ),
+    "zh": ("{text}\n按这个JSON schema回答：{form}", "按照这个schema提取JSON：{form}\n{text}"),
+}
+_SYSTEM: Wordings = {
+    "en": (
+        "(Extract|Return|Output) {fields} (from the text of the user |)as JSON.",
+        "(Answer|Reply) only (with|in) JSON with (the keys|the fields) {fields}.",
+        "(You extract data|You turn text into JSON). (Fields|Keys): {fields}. (Output|Answer) in "
+        "JSON only.",
+    ),
+    "zh": ("从用户的文字中提取{fields}，以JSON格式输出。", "只用JSON回答，字段为{fields}。"),
+}
+# The guide's own words, with its line breaks and the blanks at their ends.
+_GUIDE = (
+    "The user will provide some {what}. Please parse the {fields} and output them in JSON format. "
+    "\n\nEXAMPLE INPUT: \n{text}\n\nEXAMPLE JSON OUTPUT:\n{form}"
+)
+_GUIDE_ZH = (
+    "用户会提供一段文字。请解析{fields}，并以JSON格式输出。\n\n"
+    "输入示例：\n{text}\n\nJSON输出示例：\n{form}"
+)
+_LISTS: Wordings = {
+    "en": (
+        '(make|create|write) (a JSON object|JSON) with (the key |a key |)"{key}" (listing|and the '
+        "list|as a list of|containing)(:|) {items}",
+        "(put|write) {items} (in|into) a JSON (array|list) under (the key |){key}.",
+        "(as JSON with|JSON with) the key {key}: {items}",
+    ),
+    "zh": (
+        "(把|将){items}(写成|放进)JSON列表，键为{key}。",
+        "用JSON表示，键是{key}，值是列表：{items}",
+    ),
+}
+_KNOWN: Mapping[Language, tuple[tuple[str, str], ...]] = {
+    "en": (
+        ("Which is the highest mountain in the world?", "Mount Everest"),
+        ("Which is the longest river in the world?", "The Nile River"),
+        ("Which is the largest ocean?", "The Pacific Ocean"),
+        ("What is the largest planet?", "Jupiter"),
+        ("Who wrote Romeo and Juliet?", "William Shakespeare"),
+        ("Which is the fastest animal on land?", "The cheetah"),
+        ("How many continents are there?", "Seven"),
+    ),
+    "zh": (
+        ("世界上最高的山是哪座？", "珠穆朗玛峰"),
+        ("世界上最长的河是哪条？", "尼罗河"),
+        ("中国的首都是哪里？", "北京"),
+    ),
+}
+_QUESTIONS: Wordings = {
+    "en": (
+        "What is the (capital|largest city|oldest town) of {place}?",
+        "Who (wrote|painted|bought|found) the {colour} {thing}?",
+        "Which is the (highest|longest|oldest|largest|smallest) (mountain|river|lake|bridge|tower)"
+        " in (the world|{place})?",
+        "What (color|colour) is the {thing} of {name}?",
+        "Where does {name} (live|work)?",
+        "What does {name} like (to eat|best)?",
+        "Who is the (king|queen|teacher|neighbour|owner) of {place}?",
+    ),
+    "zh": (
+        "{place}的首都是哪里？",
+        "{place}最(高|大|老|长)的(山|河|桥|湖)是什么？",
+        "{name}住在哪里？",
+        "{name}的{thing}是什么颜色？",
+        "{name}最喜欢吃什么？",
+    ),
+}
+_BLANK: Mapping[type, object] = {str: "", int: 0, float: 0, bool: False, list: []}
+_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array"}
+
+
+def _dumped(value: object, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _named(random: Random, keys: Sequence[str], language: Language) -> str:
+    """The keys as a question names them."""
+    roll = random.random()
+    if roll < 0.35:
+        keys = [f'"{key}"' for key in keys]
+    elif roll < 0.42:
+        keys = [f"`{key}`" for key in keys]
+    if language == "zh":
+        return ("、" if roll < 0.8 else ", ").join(keys)
+    if random.random() < 0.5 or len(keys) == 1:
+        return ", ".join(keys)
+    return f"{', '.join(keys[:-1])} and {keys[-1]}"
+
+
+def _asked(random: Random, made: Record) -> Record:
+    """The fields that are asked for: all, or some; in the order of the text or another."""
+    keys = list(made)
+    if random.random() < 0.3:
+        keys = random.sample(keys, random.randint(1 if len(keys) == 2 else 2, len(keys)))
+    return {key: made[key] for key in keys}
+
+
+def _schema(asked: Record) -> str:
+    properties = {key: {"type": _TYPES[type(value)]} for key, value in asked.items()}
+    return _dumped({"type": "object", "properties": properties, "required": list(asked)})
+
+
+def _form(random: Random, asked: Record) -> str:
+    if random.random() < 0.5:
+        return _dumped({key: _BLANK[type(value)] for key, value in asked.items()})
+    return _dumped({key: _TYPES[type(value)] for key, value in asked.items()})
+
+
+def _guide(fields: str, text: str, example: Record, language: Language, what: str) -> str:
+    pattern = _GUIDE if language == "en" else _GUIDE_ZH
+    return pattern.format(what=what, fields=fields, text=text, form=_dumped(example, indent=4))
+
+
+def _reply(
+    random: Random, language: Language, right: Mapping[str, object], text: str, system: str | None
+) -> Chat:
+    return chat(
+        random,
+        language,
+        key=json.dumps(right, sort_keys=True),
+        text=text,
+        answer=_dumped(right),
+        judge=says_json(right),
+        system=system,
+        json_mode=random.random() < 0.5,
+    )
+
+
+def _extract(random: Random, language: Language) -> Chat:
+    ((made, text),) = records(random, language, 1)
+    asked = _asked(random, made)
+    fields = _named(random, list(asked), language)
+    roll, system = random.random(), None
+    if roll < 0.5:
+        question = phrase(random, language, _BY_NAME[language], fields=fields, text=text)
+    elif roll < 0.65:
+        form = _form(random, asked)
+        question = phrase(random, language, _BY_FORM[language], form=form, text=text)
+    elif roll < 0.75 and len(asked) < 4:
+        question = phrase(random, language, _BY_SCHEMA[language], form=_schema(asked), text=text)
+    else:
+        question = text
+        system = drawn(random, random.choice(_SYSTEM[language])).format(fields=fields)
+    return _reply(random, language, asked, question, system)
+
+
+def _by_example(random: Random, language: Language) -> Chat:
+    """The system prompt has an example of the same kind; the user sends only a text."""
+    (shown, example), (right, text) = records(random, language, 2, most=3)
+    fields = _named(random, list(shown), language)
+    return _reply(random, language, right, text, _guide(fields, example, shown, language, "text"))
+
+
+def _question(random: Random, language: Language) -> tuple[str, str]:
+    if random.random() < 0.15:
+        return random.choice(_KNOWN[language])
+    asked = drawn(random, random.choice(_QUESTIONS[language])).format(
+        place=invented_name(random, language) if random.random() < 0.6 else city(random, language),
+        name=name(random, language),
+        colour=random.choice(COLOURS[language]),
+        thing=thing(random, language),
+    )
+    answer = random.choice((name, city, thing, invented_name))
+    return asked, capitalised(answer(random, language))
+
+
+def _exam(random: Random, language: Language) -> Chat:
+    """The guide's own example: a question and its answer from one line of an exam."""
+    question, answer = _question(random, language)
+    known = random.random() < 0.6
+    example = _KNOWN[language][0] if known else _question(random, language)
+    space, stop, both = (" ", ".", " and ") if language == "en" else ("", "。", "和")
+    system = _guide(
+        f'"question"{both}"answer"',
+        f"{example[0]}{space}{example[1]}{stop}",
+        {"question": example[0], "answer": example[1]},
+        language,
+        "exam text",
+    )
+    right = {"question": question, "answer": answer}
+    return _reply(random, language, right, f"{question}{space}{answer}{stop}", system)
+
+
+def _list(random: Random, language: Language) -> Chat:
+    tables = {"items": OBJECTS, "animals": ANIMALS, "colors": COLOURS, "foods": FOODS,
+              "names": NAMES}  # fmt: skip
+    key = random.choice(list(tables))
+    items: list[str] | list[int] = random.sample(tables[key][language], random.randint(2, 4))
+    if random.random() < 0.25:
+        key, items = "numbers", random.sample(range(100), random.randint(2, 5))
+    if random.random() < 0.3:
+        key = invented(random)
+    shown = ", ".join(map(str, items))
+    text = phrase(random, language, _LISTS[language], key=key, items=shown)
+    return _reply(random, language, {key: items}, text, None)
+
+
+def _json(random: Random, language: Language) -> Chat:
+    roll = random.random()
+    if roll < 0.65:
+        return _extract(random, language)
+    if roll < 0.77:
+        return _by_example(random, language)
+    return (_exam if roll < 0.88 else _list)(random, language)
+
+
+TASKS = (Task("json", _json, 12),)

@@ -34,6 +34,7 @@ from rayseek.model.cached_model import Passed
 log = logging.getLogger("rayseek.engine")
 
 WAITING_LOOKAHEAD = 8  # queued requests the scheduler looks at in one step
+LEARN_ROWS = 16  # of a sequence, which the draft module learns at once
 GRAMMAR_PATIENCE_S = 0.005  # an engine with nothing else to do looks at its inbox so often
 
 
@@ -97,15 +98,6 @@ class StepPlan:
     rows: tuple[tuple[Sequence, int], ...]
     draft_depth: int = 0
     deltas: tuple[Delta, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Computed:
-    """Rows of a sequence whose latents are final now: from `start`, with their hidden states."""
-
-    sequence: Sequence
-    start: int
-    normed_TD: Tensor
 
 
 class Engine:
@@ -223,17 +215,16 @@ class Engine:
         """Run a plan's passes, with empty batches where this engine has nothing to compute."""
         self.steps += 1
         deltas = list(plan.deltas)
-        computed: list[_Computed] = []
         decodes_only = all(len(s.ids) - s.computed == 1 for s, _ in plan.rows)
         began = perf_counter()
         try:
-            deltas += self._forward(plan.rows, computed)
+            deltas += self._forward(plan.rows)
         except Exception:
             log.exception("step %d failed; running its sequences alone", self.steps)
             # Nothing was committed, and the cache slots are simply written again: find the culprit.
             for row in plan.rows:
                 try:
-                    deltas += self._forward([row], computed)
+                    deltas += self._forward([row])
                 except Exception as error:
                     log.exception("request %s failed", row[0].request.id)
                     deltas.append(self._end(row[0], (), FinishReason.ERROR, repr(error)))
@@ -242,11 +233,11 @@ class Engine:
         if decodes_only and plan.rows:
             self.meter.step_took(sum(count for _, count in plan.rows), perf_counter() - began)
         try:
-            self._draft(computed, plan.draft_depth)
+            self._draft([s for s, _ in plan.rows], plan.draft_depth)
         except Exception:
             log.exception("no drafts in step %d", self.steps)
             for sequence, _ in plan.rows:
-                sequence.drafts = []
+                sequence.drafts, sequence.unlearned = [], []
         return deltas
 
     def _take_compiled(self) -> list[Delta]:
@@ -297,7 +288,8 @@ class Engine:
         for key in plan.preempted:
             sequence = self._running.pop(key)
             self.pool.release(sequence.pages)
-            sequence.pages, sequence.computed, sequence.drafts = [], 0, []
+            sequence.pages, sequence.computed = [], 0
+            sequence.drafts, sequence.unlearned = [], []
             self._waiting[key] = sequence
             self.preemptions += 1
         for key in plan.admitted:
@@ -310,11 +302,8 @@ class Engine:
         for key, count in plan.take:
             self._running[key].pages += self.pool.take(count)
 
-    def _forward(self, rows: Rows[tuple[Sequence, int]], computed: list[_Computed]) -> list[Delta]:
-        """Run the model over new rows, choose tokens where all known ones are computed, commit.
-
-        Adds to `computed` what the draft module has to learn of.
-        """
+    def _forward(self, rows: Rows[tuple[Sequence, int]]) -> list[Delta]:
+        """Run the model over new rows, choose tokens where all known ones are computed, commit."""
         starts = [s.computed for s, _ in rows]
         places = [
             s.places(s.computed + count - len(s.ids)) if s.computed + count >= len(s.ids) else []
@@ -340,9 +329,10 @@ class Engine:
             else:
                 sequence.computed += count
                 self._publish(sequence, start)
-            if passed.normed_TD is not None and sequence.computed > start:
-                new = passed.normed_TD[first_row : first_row + sequence.computed - start]
-                computed.append(_Computed(sequence, start, new))
+            if self.meter.most:
+                assert passed.normed_TD is not None
+                final = first_row + sequence.computed - start  # behind it, drafts that fell
+                sequence.unlearned.append(passed.normed_TD[first_row:final])
             first_row += count
             first_token += len(own)
         return deltas
@@ -397,34 +387,18 @@ class Engine:
             return [self._end(sequence, tuple(tokens), finish)]
         return [Delta(key, tuple(tokens), None, sequence.cached_tokens)]
 
-    def _draft(self, computed: list[_Computed], depth: int) -> None:
-        """Teach the draft module the new rows, and draft `depth` tokens where they can be used.
+    def _draft(self, stepped: list[Sequence], depth: int) -> None:
+        """Draft `depth` tokens for the sequences that can use them.
 
-        A row of the module is a hidden state and the token after it, which is known by now. The
-        next step brings a token by itself, so the last one allowed is never drafted. Sequences
-        that have ended are learned too: their pages may be somebody's prefix.
+        The next step brings a token by itself, so the last one allowed is never drafted.
         """
-        learning: list[tuple[_Computed, int]] = []  # with the number of rows
-        drafting: list[Sequence] = []
-        hidden: list[Tensor] = []
-        for c in computed:
-            s = c.sequence
-            left = s.request.sampling.max_tokens - s.num_emitted - 1
-            drafts = depth and left > 0 and s.request.id in self._running
-            wanted = bool(drafts) and s.computed == len(s.ids) - 1
-            if wanted:
-                drafting.append(s)
-                hidden.append(c.normed_TD[-1:])
-            if len(c.normed_TD) > wanted:
-                learning.append((c, len(c.normed_TD) - wanted))
-        if learning:
-            batch = Batch.of_sequences(
-                [c.sequence.ids[c.start + 1 : c.start + 1 + n] for c, n in learning],
-                [c.start for c, _ in learning],
-                [c.sequence.pages for c, _ in learning],
-                [0] * len(learning),
-            )
-            self.model.remember(batch, torch.cat([c.normed_TD[:n] for c, n in learning]))
+        drafting = [
+            s for s in stepped
+            if depth and s.request.id in self._running
+            and s.computed == len(s.ids) - 1 and self._wants_more(s, 0)
+        ]  # fmt: skip
+        hidden = [s.unlearned[-1][-1:] for s in drafting]
+        self._learn(stepped, drafting)
         hidden_TD = torch.cat(hidden) if hidden else torch.empty(0, self.model.hidden_size)
         for number in range(depth):
             began = perf_counter()
@@ -447,6 +421,38 @@ class Engine:
             assert passed.normed_TD is not None
             hidden_TD = passed.normed_TD[on]
             drafting = [drafting[r] for r in on]
+
+    def _learn(self, stepped: list[Sequence], drafting: list[Sequence]) -> None:
+        """Write the draft module's latents of new rows, but for the last row of those that draft.
+
+        A row of the module is a hidden state and the token after it, known by now. While nobody
+        drafts, rows wait until there are enough to be cheap, or until a sequence has ended: its
+        pages may be somebody's prefix.
+        """
+        if not drafting and not any(
+            sum(map(len, s.unlearned)) >= LEARN_ROWS or s.request.id not in self._running
+            for s in stepped
+        ):
+            return
+        last = {s.request.id for s in drafting}
+        known = [s for s in self._running.values() if s.unlearned]
+        known += [s for s in stepped if s.request.id not in self._running and s.unlearned]
+        ids: list[list[int]] = []
+        starts: list[int] = []
+        hidden: list[Tensor] = []
+        pages: list[list[int]] = []
+        for s in known:
+            normed_TD = s.unlearned[0] if len(s.unlearned) == 1 else torch.cat(s.unlearned)
+            s.unlearned = []
+            start, rows = s.computed - len(normed_TD), len(normed_TD) - (s.request.id in last)
+            if rows:
+                ids.append(s.ids[start + 1 : start + 1 + rows])
+                starts.append(start)
+                pages.append(s.pages)
+                hidden.append(normed_TD[:rows])
+        if hidden:
+            batch = Batch.of_sequences(ids, starts, pages, [0] * len(ids))
+            self.model.remember(batch, torch.cat(hidden))
 
     def _wants_more(self, s: Sequence, drafts: int) -> bool:
         """Whether a sequence with that many drafts can use one more, and has a slot for it."""

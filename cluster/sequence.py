@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from llguidance import LLMatcher
+from torch import Tensor
 
 from rayseek.cluster.grammar import reason
 from rayseek.cluster.pages import chain_root, page_hash
@@ -27,6 +28,7 @@ class Sequence:
     counts: dict[int, int] = field(default_factory=dict)  # emitted tokens, for penalties
     matcher: LLMatcher | None = None  # has consumed the emitted tokens; None: no grammar
     drafts: list[int] = field(default_factory=list)  # guesses of what comes after `ids`
+    unlearned: list[Tensor] = field(default_factory=list)  # hidden states [.., D] before `computed`
 
     @staticmethod
     def start(request: Request, arrival: int) -> Sequence:

@@ -7,7 +7,8 @@ Like V3's, it ends in the control tokens and defines fewer ids than the model ha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
@@ -23,6 +24,9 @@ LAST_TOKENS = (
     "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>", "<｜tool▁sep｜>",
 )  # fmt: skip
 MIN_VOCAB = 256 + len(FIRST_TOKENS) + len(LAST_TOKENS) + UNDEFINED_IDS
+
+RARE = 5e-5  # a character that is less of the text is left to its bytes
+LONGEST_CHINESE = 4  # characters of a token: a word, but no half sentence
 
 NUMBERS = r"\p{N}{1,3}"
 KANA_AND_HAN = "[一-龥\u3040-ゟ゠-ヿ]+"
@@ -102,7 +106,7 @@ def small_tokenizer(vocab_size: int) -> tuple[str, str]:
     return learn_tokenizer(TEXT.splitlines(keepends=True), vocab_size)
 
 
-def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[str, str]:
+def learn_tokenizer(texts: Sequence[str], vocab_size: int) -> tuple[str, str]:
     """The texts of `tokenizer.json` and `tokenizer_config.json` for a model of so many rows.
 
     Depends on the texts alone, not on their order. Defines at most vocab_size - UNDEFINED_IDS ids.
@@ -112,21 +116,7 @@ def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[str, str]:
         raise ValueError(
             f"vocab_size {vocab_size} is too small: bytes and special tokens need {MIN_VOCAB}"
         )
-    # Trained with one digit a piece, so that no merge holds a digit: 1234 never looks like 123.
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(p), "isolated") for p in (r"\p{N}", KANA_AND_HAN, WORDS)]
-        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - UNDEFINED_IDS - len(LAST_TOKENS),
-        special_tokens=list(FIRST_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=24,
-        show_progress=False,
-    )
-    learner.train_from_iterator(texts, trainer)
-    learnt = json.loads(learner.to_str())["model"]
+    learnt = _learn(texts, vocab_size - UNDEFINED_IDS - len(LAST_TOKENS))
     last = len(learnt["vocab"])
     tokens = [*enumerate(FIRST_TOKENS), *enumerate(LAST_TOKENS, start=last)]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -149,6 +139,55 @@ def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> tuple[str, str]:
         "model": learnt,
     }
     return _text(tokenizer), _text(_settings())
+
+
+def _learn(texts: Sequence[str], size: int) -> dict[str, Any]:
+    """A BPE model of at most `size` tokens: FIRST_TOKENS, bytes, characters, pieces of words.
+
+    It is learnt over characters and then spelt in bytes, so that no token but the first bytes of
+    one character holds a part of a character.
+    """
+    seen = Counter(char for text in texts for char in text)
+    common = sorted((char for char in seen if not char.isascii()), key=lambda c: (-seen[c], c))
+    common = [c for c in common if seen[c] >= RARE * seen.total()][: size // 3]
+    alphabet = [*map(chr, range(128)), *common]
+    # Trained with one digit a piece, so that no merge holds a digit: 1234 never looks like 123.
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(p), "isolated") for p in (r"\p{N}", KANA_AND_HAN, WORDS)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=2 * size,  # of which the first good ones are kept
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        max_token_length=24,
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    learnt: dict[str, Any] = json.loads(learner.to_str())["model"]
+
+    vocab = dict.fromkeys([*FIRST_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    characters = [
+        (spelt[:i], spelt[i]) for spelt in map(_spelt, common) for i in range(1, len(spelt))
+    ]
+    words = [
+        (_spelt(left), _spelt(right))
+        for left, right in learnt["merges"]
+        if (left + right).isascii() or len(left + right) <= LONGEST_CHINESE
+    ]
+    merges = []
+    for left, right in (*characters, *words):
+        if len(vocab) < size and left in vocab and right in vocab and left + right not in vocab:
+            vocab[left + right] = None
+            merges.append((left, right))
+    ids = {token: id for id, token in enumerate(vocab)}
+    return {**learnt, "vocab": ids, "merges": merges}
+
+
+def _spelt(text: str) -> str:
+    """In the byte-level alphabet: one letter for each byte."""
+    speller = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return "".join(word for word, _ in speller.pre_tokenize_str(text))
 
 
 def _added(id: int, content: str) -> dict[str, Any]:

@@ -221,3 +221,16 @@ def test_what_is_too_long_stays_out(learnt: Path, tmp_path: Path) -> None:
 def test_no_tokenizer_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tokenizer"):
         make_corpus(tmp_path, tmp_path, TASKS, 100, 1)
+
+
+def test_tokens_hold_whole_characters_and_no_half_sentences() -> None:
+    """The first bytes of one character are the only exception."""
+    texts = [f"今天天气很好吗？{name}的首都是什么" for name in ("法国", "中国", "德国")] * 50
+    tokenizer = Tokenizer(json.loads(learn_tokenizer(texts, 600)[0]))
+    assert len(tokenizer.encode_text("法国的首都是什么")) <= 4
+    for token in range(tokenizer.num_ids):
+        if token not in tokenizer.control_ids:
+            word = tokenizer.token_bytes(token)
+            text = word.decode("utf-8", "ignore")
+            assert len(text) <= 4 or text.isascii()
+            assert text.encode() == word or (text == "" and len(word) <= 3)

@@ -6,11 +6,14 @@ A field exists only if an operator would change it. Unknown fields are errors wi
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self, TypeAlias
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Role: TypeAlias = Literal["prefill", "decode"]
+_SHIPPED = Path(__file__).parent / "configs"
 
 
 class Section(BaseModel):
@@ -45,10 +48,92 @@ class EngineSettings(Section):
     step_timeout_s: float = Field(default=60, gt=0)  # a rank whose step takes longer is killed
 
 
-class DecodeSettings(Section):
-    """Units that decode (and, colocated, also prefill)."""
+class UnitSettings(Section):
+    """Units of one role: each has attention ranks, and its own copy of every expert."""
 
-    replicas: int = Field(default=1, ge=1)
+    units: int = Field(default=1, ge=1)
+    attention_ranks: int = Field(default=1, ge=1)  # of a unit, each with an engine
+    experts: Literal["colocated", "dedicated"] = "colocated"  # on these ranks, or on expert ranks
+    expert_ranks: int = Field(default=0, ge=0)  # of a unit, with dedicated experts
+    redundant_experts: int = Field(default=0, ge=0)  # second copies of a unit, in each layer
+    spares: int = Field(default=0, ge=0)  # further expert ranks, to take a dead one's place
+    # What differs from `engine` on these units; None: nothing.
+    cache_gib: float | None = Field(default=None, gt=0)
+    max_batch: int | None = Field(default=None, ge=1)
+    step_tokens: int | None = Field(default=None, ge=1)
+
+    @property
+    def holders(self) -> int:
+        """Ranks of a unit that hold experts."""
+        return self.attention_ranks if self.experts == "colocated" else self.expert_ranks
+
+    @model_validator(mode="after")
+    def _arrangement(self) -> Self:
+        if self.experts == "dedicated" and not self.expert_ranks:
+            raise ValueError("experts are dedicated, so expert_ranks must be 1 or more")
+        if self.experts == "colocated" and (self.expert_ranks or self.spares):
+            raise ValueError(
+                "expert_ranks and spares are for dedicated experts; here the attention ranks hold "
+                "them (experts: colocated)"
+            )
+        if self.redundant_experts and self.holders == 1:
+            raise ValueError(
+                f"redundant_experts is {self.redundant_experts}, but one rank holds all experts: "
+                "a second copy beside the first is of no use"
+            )
+        return self
+
+
+class PrefillSettings(UnitSettings):
+    """Units that compute prompts and hand their pages over. None: decode units do it themselves."""
+
+    units: int = Field(default=0, ge=0)
+
+
+class DecodeSettings(UnitSettings):
+    """Units that make tokens."""
+
+
+class ExchangeSettings(Section):
+    """How the ranks of a unit send rows to experts and back, and where the experts are."""
+
+    mode: Literal["auto", "exact", "fixed"] = "auto"  # exact counts, or room for the most
+    micro_batches: int = Field(default=1, ge=1, le=2)  # 2: one computes while one is under way
+    rebalance_s: float = Field(default=600, ge=0)  # look at the balance so often; 0: never
+    rebalance_threshold: float = Field(default=0.05, ge=0)  # part of the experts' time to be won
+
+    @property
+    def load_half_life_s(self) -> float:
+        """Of the load counters that the balance is judged by."""
+        return (self.rebalance_s or 600.0) / 2
+
+
+class TransferSettings(Section):
+    """Handing a prompt's pages over from a prefill unit to a decode unit."""
+
+    min_prompt_tokens: int = Field(default=256, ge=1)  # shorter ones the decode unit computes
+    timeout_s: float = Field(default=10, gt=0)  # then the decode unit computes it after all
+
+
+class HardwareSettings(Section):
+    """The machines. What is None is what such machines usually have."""
+
+    accelerator: Literal["cpu", "H100", "H200", "H800"] = "cpu"
+    per_node: int | None = Field(default=None, ge=1)  # ranks; None: 8, with cpu as many as wanted
+    memory_gib: float | None = Field(default=None, gt=0)  # of one rank; None with cpu: not checked
+
+    @property
+    def ranks_per_node(self) -> int | None:
+        """None: any number."""
+        return self.per_node or (None if self.accelerator == "cpu" else 8)
+
+    @property
+    def rank_gib(self) -> float | None:
+        """Memory that a rank may use; None: unknown."""
+        return self.memory_gib or _DEVICE_GIB.get(self.accelerator)
+
+
+_DEVICE_GIB = {"H100": 79.0, "H800": 79.0, "H200": 139.0}  # what CUDA reports, not the label
 
 
 class ApiSettings(Section):
@@ -105,18 +190,44 @@ class Config(Section):
 
     model: ModelSettings = ModelSettings()
     engine: EngineSettings = EngineSettings()
+    prefill: PrefillSettings = PrefillSettings()
     decode: DecodeSettings = DecodeSettings()
+    exchange: ExchangeSettings = ExchangeSettings()
+    transfer: TransferSettings = TransferSettings()
+    hardware: HardwareSettings = HardwareSettings()
     api: ApiSettings = ApiSettings()
     pages: PageSettings = PageSettings()
     ingress: IngressSettings = IngressSettings()
 
+    @property
+    def units(self) -> dict[Role, UnitSettings]:
+        """The roles that there are units of."""
+        of: dict[Role, UnitSettings] = {"prefill": self.prefill, "decode": self.decode}
+        return {role: settings for role, settings in of.items() if settings.units}
+
+    def engine_of(self, role: Role) -> EngineSettings:
+        """The engine of an attention rank of this role."""
+        unit = self.prefill if role == "prefill" else self.decode
+        own = {name: getattr(unit, name) for name in ("cache_gib", "max_batch", "step_tokens")}
+        changes = {name: value for name, value in own.items() if value is not None}
+        return self.engine.model_copy(update=changes)
+
     @model_validator(mode="after")
-    def _consistent(self) -> Config:
-        if self.engine.chunk_tokens > self.engine.step_tokens:
-            raise ValueError(
-                f"engine.chunk_tokens ({self.engine.chunk_tokens}) must not exceed "
-                f"engine.step_tokens ({self.engine.step_tokens})"
-            )
+    def _consistent(self) -> Self:
+        per_node = self.hardware.ranks_per_node
+        for role, unit in self.units.items():
+            engine = self.engine_of(role)
+            if engine.chunk_tokens > engine.step_tokens:
+                raise ValueError(
+                    f"engine.chunk_tokens ({engine.chunk_tokens}) must not exceed "
+                    f"step_tokens ({engine.step_tokens} in {role} units)"
+                )
+            ranks = unit.attention_ranks
+            if per_node and ranks > per_node and ranks % per_node:
+                raise ValueError(
+                    f"{role}.attention_ranks is {ranks}: more than one node of {per_node}, so it "
+                    f"must fill whole nodes, as {ranks - ranks % per_node} would"
+                )
         return self
 
 
@@ -124,8 +235,23 @@ class ConfigFileError(ValueError):
     """A config file that cannot be used; the message lists every problem with its path."""
 
 
-def load_config(path: Path) -> Config:
-    """Read a YAML config. Raises ConfigFileError."""
+def shipped_configs() -> list[str]:
+    """The names that `load_config` knows."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
+
+
+def load_config(source: str | Path) -> Config:
+    """Read a YAML config: a file that ends in .yaml or .yml, or the name of a shipped one.
+
+    Raises ConfigFileError.
+    """
+    path = Path(source)
+    if path.suffix not in {".yaml", ".yml"}:
+        if str(source) not in shipped_configs():
+            raise ConfigFileError(
+                f"{source}: neither a .yaml file nor one of {', '.join(shipped_configs())}"
+            )
+        path = _SHIPPED / f"{source}.yaml"
     try:
         data = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -28,7 +28,7 @@ def build(
     decode = serve.deployment(
         Unit,
         name="Decode",
-        num_replicas=config.decode.replicas,
+        num_replicas=config.decode.units,
         placement_group_bundles=[{"CPU": 0.1}, {"CPU": 0.5}],
         placement_group_strategy="PACK",
         ray_actor_options={"num_cpus": 0.1},

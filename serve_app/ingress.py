@@ -53,7 +53,8 @@ def api_settings(
     `shown_key`: one that a viewer on this machine may see.
     """
     api = config.api
-    running = config.engine.max_batch * config.decode.replicas
+    engines = config.decode.units * config.decode.attention_ranks
+    running = config.engine_of("decode").max_batch * engines
     shows_key = config.pages.local_key and is_loopback(config.ingress.host)
     return ApiSettings(
         model=config.model.name,

@@ -2,7 +2,7 @@
 
 It asks over chat completions, so only its tasks that generate text can run. The V3-0324 model card
 has 81.2 for MMLU-Pro (`mmlu_pro`), 68.4 for GPQA Diamond (`gpqa_diamond_cot_zeroshot`) and 59.4 for
-AIME 2024 (`aime24`); its prompts differ from DeepSeek's, so expect the scores near, not equal.
+AIME (`aime24`); its prompts differ from DeepSeek's, so expect the scores near, not equal.
 LiveCodeBench, the card's fourth, is not among lm-eval's tasks.
 """
 

@@ -52,6 +52,7 @@ def endpoint(script: Script) -> Iterator[str]:
         def answer(self, status: int, document: Json) -> None:
             data = json.dumps(document).encode()
             self.send_response(status)
+            self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)

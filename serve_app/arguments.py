@@ -1,0 +1,102 @@
+"""What the `rayseek` command takes: its subcommands and their options."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="rayseek", description="Serve DeepSeek-V3 from a Ray cluster."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="start Ray, the engine and the API on this machine")
+    serve.add_argument("config", nargs="?", type=Path, help="YAML config; default: all defaults")
+    serve.add_argument("--model", type=Path, help="checkpoint folder in the official layout")
+    serve.add_argument("--port", type=int, help="port of the API (default 8000)")
+    serve.add_argument("--host", help="address to listen on (default 0.0.0.0: every interface)")
+
+    _add_keys(commands.add_parser("keys", help="who may use the API: add, list, revoke"))
+
+    inspect = commands.add_parser("inspect", help="where a checkpoint's bytes go, on N ranks")
+    inspect.add_argument("path", type=Path, help="checkpoint folder, or a config.json alone")
+    inspect.add_argument("--ranks", type=int, default=1, help="expert-parallel ranks (default 1)")
+    inspect.add_argument("--redundant", type=int, default=0, help="redundant experts a layer")
+    inspect.add_argument("--device-gib", type=float, help="memory of one device, in GiB")
+
+    make = commands.add_parser("make-model", help="write a random checkpoint, official layout")
+    make.add_argument("path", type=Path)
+    make.add_argument("--config", default="small", help="small, bench, or a config.json")
+    make.add_argument("--seed", type=int, default=0)
+    make.add_argument("--shards", type=int, default=4)
+    dtype = make.add_mutually_exclusive_group()
+    dtype.add_argument("--fp8", action="store_true", help="block-FP8 weights")
+    dtype.add_argument("--bf16", action="store_true", help="bfloat16 weights")
+
+    corpus = commands.add_parser("make-corpus", help="write text that a small model learns from")
+    corpus.add_argument("folder", type=Path)
+    corpus.add_argument("--tokens", type=float, default=40e6, help="about so many (default 40e6)")
+    corpus.add_argument("--shard-tokens", type=float, default=2e6, help="of one file (default 2e6)")
+    corpus.add_argument("--seed", type=int, default=0)
+    corpus.add_argument("--chinese", type=float, default=0.35, metavar="SHARE", help="default 0.35")
+    corpus.add_argument("--longest", type=int, default=512, help="tokens of a document at most")
+    corpus.add_argument(
+        "--tokenizer", type=Path, help="folder of its files; default: learn one, kept in FOLDER"
+    )
+
+    conform = commands.add_parser("conformance", help="does an endpoint speak the V3 dialect?")
+    conform.add_argument("url", metavar="URL", help="of any OpenAI-compatible V3 endpoint")
+    conform.add_argument("--key", default=os.environ.get("OPENAI_API_KEY", ""), help="its API key")
+    conform.add_argument("--model", help="model name to ask for; default: the server's first")
+
+    _add_eval(commands.add_parser("eval", help="how many questions an endpoint answers right"))
+
+    bench = commands.add_parser("bench", help="throughput and latency, in-process and over HTTP")
+    bench.add_argument("--model", type=Path, help="checkpoint folder; default: the bench model")
+    bench.add_argument("--url", help="measure this running server only, as http://host:port")
+    bench.add_argument("--key", default=os.environ.get("OPENAI_API_KEY", ""), help="its API key")
+    bench.add_argument("--name", help="model name to ask for; default: the server's first")
+    bench.add_argument("--streams", default="1,8,32", help="numbers of concurrent streams")
+    bench.add_argument("--prompt", default="32", help="prompt lengths in tokens")
+    bench.add_argument("--output", type=int, default=128, help="tokens of each answer")
+    bench.add_argument("--threads", type=int, help="engine.threads; default: the config's default")
+    bench.add_argument("--no-http", action="store_true", help="in-process only")
+    bench.add_argument("--transformers", action="store_true", help="also time transformers")
+    bench.add_argument("--json", type=Path, help="write the figures there")
+    return top
+
+
+def _add_keys(keys: argparse.ArgumentParser) -> None:
+    file = argparse.ArgumentParser(add_help=False)
+    file.add_argument("--file", type=Path, help="default: ~/.config/rayseek/keys.yaml")
+    actions = keys.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add = actions.add_parser("add", parents=[file], help="make a key; it is shown this once")
+    add.add_argument("name", help="who it is for")
+    add.add_argument("--requests-per-minute", type=int, metavar="N")
+    add.add_argument("--tokens-per-minute", type=int, metavar="N", help="prompts and answers")
+    add.add_argument("--concurrent", type=int, metavar="N", help="requests at one time")
+    add.add_argument("--models", nargs="+", metavar="NAME", help="only these")
+    actions.add_parser("list", parents=[file], help="names and limits")
+    revoke = actions.add_parser("revoke", parents=[file], help="make a key invalid")
+    revoke.add_argument("name")
+
+
+def _add_eval(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--url", default="http://127.0.0.1:8000/v1", help="default: %(default)s")
+    command.add_argument("--key", default=os.environ.get("OPENAI_API_KEY", ""), help="its API key")
+    command.add_argument("--model", help="model name to ask for; default: the server's first")
+    command.add_argument("--tasks", help="names with commas between; default: all")
+    command.add_argument("--languages", default="en,zh", help="default: %(default)s")
+    command.add_argument("--questions", type=int, help="of each task and language; default 100")
+    command.add_argument("--concurrency", type=int, default=16, help="requests at one time")
+    command.add_argument("--temperature", type=float, help="default: none is sent")
+    command.add_argument("--max-tokens", type=int, default=512, help="of an answer (default 512)")
+    command.add_argument("--seed", type=int, default=0, help="of the questions and the sampling")
+    command.add_argument("--json-mode", action="store_true", help="send response_format")
+    command.add_argument("--out", type=Path, help="write scores and failed questions there")
+    command.add_argument(
+        "--harness", metavar="TASKS", help="run these tasks of lm-eval instead, as mmlu_pro,aime24"
+    )

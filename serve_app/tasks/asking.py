@@ -31,6 +31,7 @@ SYSTEM_PROMPTS: Mapping[Language, tuple[str, ...]] = {
     ),
 }
 _MARKS = {"?": "?", "？": "?", ".": ".", "。": "."}
+_NO_REQUEST = ("{", "I ", "我")  # begins with what it is about, or is a statement
 _REQUESTS: Mapping[Language, tuple[str, ...]] = {
     "en": ("please {}", "please {}", "can you {}", "could you please {}", "{} please"),
     "zh": ("请{}", "请{}", "帮我{}", "请帮我{}"),
@@ -46,7 +47,7 @@ def phrase(random: Random, language: Language, wordings: Sequence[str], **fields
     polite = 0.15
     if end == ".":
         polite = 0.03
-        if text.startswith("{"):  # begins with what the request is about
+        if text.startswith(_NO_REQUEST):
             polite = 0.0
         elif random.random() < 0.2:
             text = random.choice(_REQUESTS[language]).replace("{}", text)

@@ -33,8 +33,8 @@ _Make = Callable[[Random, Language], Value]
 
 @dataclass(frozen=True, slots=True)
 class _Field:
-    """A field: its key, its values, and clauses that say them; `{}` is the value. For a truth
-    value there are two clauses: it is so, it is not."""
+    """Its key (or English|Chinese key), its values, and clauses that say one of them. A truth value
+    has two clauses: it is so, it is not."""
 
     key: str
     make: _Make
@@ -172,7 +172,6 @@ _ENGLISH = (
         (
             _Field("temperature", _number(-9, 40), ("has {} degrees", "is at {} degrees")),
             _Field("weather", _SKIES, ("is {} today", "is {}")),
-            _Field("wind", _number(1, 90), ("has wind of {} km/h",)),
         ),
     ),
 )

@@ -1,0 +1,84 @@
+"""Requests for a small Python function, answered by the function in a Markdown fence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from random import Random
+
+from rayseek.serve_app.tasks.asking import chat, phrase
+from rayseek.serve_app.tasks.example import Answer, Chat, Judge, Language, Task
+from rayseek.serve_app.tasks.functions import KINDS, Function, same_results, write
+from rayseek.serve_app.tasks.judging import unfenced
+
+Wordings = Mapping[Language, tuple[str, ...]]
+_NAMED: Wordings = {
+    "en": (
+        "(write|create|give me|make) a (Python|python) function {head} that {does}.",
+        "(write|create|define) the (Python|) function {head}. It {does}.",
+        "implement {head} in Python. It {does}.",
+    ),
+    "zh": (
+        "(写|编写|给我|实现)一个Python函数{head}，{does}。",
+        "用Python(写|实现)函数{head}，{does}。",
+    ),
+}
+_UNNAMED: Wordings = {
+    "en": (
+        "(write|create|give me|make|show me) a (Python|small Python|simple Python) function that "
+        "{does}.",
+        "(write|create) a function in Python that {does}.",
+        "I need a Python function that {does}.",
+        "Python function that {does}.",
+    ),
+    "zh": (
+        "(写|编写|给我|实现)一个Python函数，{does}。",
+        "用Python写一个函数，{does}。",
+        "我需要一个Python函数，{does}。",
+    ),
+}
+# Of kinds that are described alike, the first is the answer where no name tells them apart.
+_DESCRIBED = tuple({kind.says["en"].template: kind for kind in reversed(KINDS)}.values())
+
+
+def _does(says: str, language: Language) -> str:
+    """ "Return the sum of a and b." as "returns the sum of a and b"."""
+    if language == "zh":
+        return says.rstrip("。")
+    verb, _, rest = says.rstrip(".").partition(" ")
+    return f"{verb.lower()}s {rest}"
+
+
+def _judge(function: Function, name: str | None) -> Judge:
+    right = function.source.strip()
+
+    def judge(answer: Answer) -> bool:
+        source = unfenced(answer.text)
+        return source.strip() == right or same_results(function, source, name)
+
+    return judge
+
+
+def _code(random: Random, language: Language) -> Chat:
+    named = random.random() < 0.5
+    kind = random.choice(KINDS if named else _DESCRIBED)
+    function = write(random, language, kind, plain=not named)
+    does = _does(function.says, language)
+    if named:
+        key = function.source
+        wordings = _NAMED[language]
+    else:
+        which = random.randrange(len(_UNNAMED[language]))
+        key = f"{does}|{which}"
+        wordings = _UNNAMED[language][which : which + 1]
+    head = function.head.removeprefix("def ").removesuffix(":")
+    return chat(
+        random,
+        language,
+        key=key,
+        text=phrase(random, language, wordings, head=head, does=does),
+        answer=f"```python\n{function.source}```",
+        judge=_judge(function, function.name if named else None),
+    )
+
+
+TASKS = (Task("code", _code, 4),)

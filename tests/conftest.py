@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from rayseek.cluster.engine import Engine, EngineLimits
 from rayseek.cluster.grammar import GrammarCompiler, grammar_vocabulary
 from rayseek.cluster.scheduler import Limits
 from rayseek.cluster.speculation import DepthPolicy, choose_depth
 from rayseek.kernels.select import choose_ops
-from rayseek.model.cached_model import CachedModel
+from rayseek.model.batch import PAGE_TOKENS, Batch
+from rayseek.model.cached_model import CachedModel, Passed
 from rayseek.model.checkpoint import Checkpoint
 from rayseek.model.inventory import owned_names
 from rayseek.model.maker import SMALL, make_checkpoint
@@ -48,13 +50,46 @@ def tiny_model(tiny_path: Path) -> tuple[Transformer, MTPModule]:
     return main, MTPModule(TINY, weights, ops, main)
 
 
+class ForesightModel(CachedModel):
+    """Drafts with the main model itself instead of the module, of which `blur` are wrong.
+
+    Where the drafted token's own page is not held yet, the draft is any token.
+    """
+
+    def __init__(self, main: Transformer, pages: int, mtp: MTPModule, blur: float) -> None:
+        super().__init__(main, pages, mtp)
+        self.blur = blur
+        self.blurred = 0
+
+    def draft(self, batch: Batch, hidden_TD: Tensor) -> Passed:
+        super().draft(batch, hidden_TD)
+        positions = batch.positions_T.long() + 1
+        page = batch.page_table_BP[
+            batch.sequence_T.long(),
+            (positions // PAGE_TOKENS).clamp(max=batch.page_table_BP.shape[1] - 1),
+        ]
+        ahead = replace(
+            batch, positions_T=positions.int(), slots_T=page * PAGE_TOKENS + positions % PAGE_TOKENS
+        )
+        ok = (positions // PAGE_TOKENS == batch.positions_T.long() // PAGE_TOKENS).tolist()
+        logits = super().forward(ahead).logits_RV if all(ok) else torch.zeros(len(ok), 2048)
+        for r, position in enumerate(positions.tolist()):
+            if not ok[r] or position * 7919 % 100 < 100 * self.blur:
+                self.blurred += 1
+                logits[r] = 0.0
+        return Passed(logits, hidden_TD)
+
+
 STEP = Limits(max_batch=16, step_tokens=256, chunk_tokens=64)
 EngineMaker = Callable[..., Engine]
 
 
 @pytest.fixture(scope="session")
 def make_engine(tiny_model: tuple[Transformer, MTPModule], tiny_path: Path) -> EngineMaker:
-    """Engines over one set of weights, each with a page pool of its own. They draft on request."""
+    """Engines over one set of weights, each with a page pool of its own.
+
+    draft_tokens: 0 is without speculation. blur: draft by foresight (ForesightModel).
+    """
     undefined = undefined_ids(tiny_path, TINY.vocab_size)
     vocabulary = grammar_vocabulary(tiny_path, TINY.vocab_size, TINY.eos_token_id)
 
@@ -65,10 +100,14 @@ def make_engine(tiny_model: tuple[Transformer, MTPModule], tiny_path: Path) -> E
         step: Limits = STEP,
         draft_tokens: int = 0,
         policy: DepthPolicy = choose_depth,
+        blur: float | None = None,
     ) -> Engine:
         limits = EngineLimits(pages, context, max_queue, step, draft_tokens)
         main, mtp = tiny_model
-        model = CachedModel(main, pages, mtp if draft_tokens else None)
+        if blur is None:
+            model = CachedModel(main, pages, mtp if draft_tokens else None)
+        else:
+            model = ForesightModel(main, pages, mtp, blur)
         return Engine(model, limits, undefined, GrammarCompiler(vocabulary), policy)
 
     return make

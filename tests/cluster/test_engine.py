@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torch import Tensor
 from rayseek.cluster.engine import Engine, run_to_end
 from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused, SamplingParams
 from rayseek.cluster.scheduler import Limits
+from rayseek.cluster.speculation import Choice
 from rayseek.model.batch import PAGE_TOKENS, Batch
 from rayseek.model.cached_model import Passed
 
@@ -41,6 +43,20 @@ def prompt_of(seed: int, length: int) -> tuple[int, ...]:
 
 def sampling(**changes: Any) -> SamplingParams:
     return replace(SamplingParams(max_tokens=12, temperature=0.8, seed=5), **changes)
+
+
+@st.composite
+def drafting(draw: st.DrawFn) -> dict[str, Any]:
+    """An engine's arguments: no drafts; real ones; foreseen ones, of which many come true."""
+    most = draw(st.integers(0, 3))
+    if not most:
+        return {}
+    depths = draw(st.lists(st.integers(0, most), min_size=1, max_size=7))  # as load may have it
+    turn = itertools.cycle(depths)
+    blur = draw(st.sampled_from([None, 0.0, 0.3]))
+    return {
+        "draft_tokens": most, "blur": blur, "policy": lambda *_: Choice(next(turn)),
+    }  # fmt: skip
 
 
 @st.composite
@@ -81,8 +97,10 @@ def tokens_of(deltas: list[Delta]) -> list[tuple[int, float | None, Any]]:
     return [(t.id, t.logprob, t.top) for d in deltas for t in d.tokens]
 
 
-def alone(make_engine: EngineMaker, request: Request) -> list[tuple[int, float | None, Any]]:
-    engine = make_engine()
+def alone(
+    make_engine: EngineMaker, request: Request, **engine_arguments: Any
+) -> list[tuple[int, float | None, Any]]:
+    engine = make_engine(**engine_arguments)
     engine.submit(request)
     return tokens_of(collect(engine)[request.id])
 
@@ -94,21 +112,23 @@ def alone(make_engine: EngineMaker, request: Request) -> list[tuple[int, float |
     st.integers(1, 300),
     st.integers(8, 40),
     st.booleans(),
+    drafting(),
     st.data(),
 )
-def test_same_tokens_whatever_the_batch_the_chunks_the_cache_and_preemption(
+def test_same_tokens_whatever_the_batch_the_chunks_the_cache_the_drafts_and_preemption(
     make_engine: EngineMaker,
     batch: list[Request],
     max_batch: int,
     step_tokens: int,
     pages: int,
     warm: bool,
+    drafts: dict[str, Any],
     data: st.DataObject,
 ) -> None:
-    """Law 2, bit for bit: tokens and logprobs equal those of the request alone."""
+    """Law 2, bit for bit: tokens and logprobs equal those of the request alone, undrafted."""
     expected = {r.id: alone(make_engine, r) for r in batch}
     limits = Limits(max_batch, step_tokens, data.draw(st.integers(1, step_tokens)))
-    engine = make_engine(pages=pages, context=8 * PAGE_TOKENS, step=limits)
+    engine = make_engine(pages=pages, context=8 * PAGE_TOKENS, step=limits, **drafts)
     if warm:
         for r in batch:
             engine.submit(r)
@@ -127,15 +147,16 @@ def test_same_tokens_whatever_the_batch_the_chunks_the_cache_and_preemption(
 
 
 @FEW
-@given(requests(), st.data())
+@given(requests(), drafting(), st.data())
 def test_same_tokens_after_a_restart_in_the_middle(
-    make_engine: EngineMaker, batch: list[Request], data: st.DataObject
+    make_engine: EngineMaker, batch: list[Request], drafts: dict[str, Any], data: st.DataObject
 ) -> None:
     """A request continued elsewhere after k tokens gets exactly the tokens that were missing."""
     for request in batch[:3]:
         whole = alone(make_engine, request)
         k = data.draw(st.integers(0, len(whole) - 1))
-        rest = alone(make_engine, replace(request, emitted_ids=tuple(t[0] for t in whole[:k])))
+        moved = replace(request, emitted_ids=tuple(t[0] for t in whole[:k]))
+        rest = alone(make_engine, moved, **drafts)
         assert rest == whole[k:]
 
 

@@ -27,7 +27,10 @@ def states(draw: st.DrawFn) -> tuple[list[SequenceView], list[SequenceView], int
             if remaining == 1:  # the new token's page may still be missing
                 pages = -(-(length - draw(st.integers(0, 1))) // PAGE_TOKENS)
             sole = draw(st.integers(0, pages))
-            running.append(SequenceView(key, order, length, length - remaining, pages, 0, sole))
+            drafts = draw(st.integers(0, 3)) if remaining == 1 else 0
+            running.append(
+                SequenceView(key, order, length, length - remaining, pages, 0, sole, drafts)
+            )
         else:
             cached = draw(st.integers(0, (length - 1) // PAGE_TOKENS))
             idle = draw(st.integers(0, cached))
@@ -57,7 +60,7 @@ def test_guarantees(
     taken = dict(plan.take)
     for key, count in plan.chunks:
         s = views[key]
-        assert 1 <= count <= s.remaining
+        assert 1 <= count <= s.remaining + s.drafts
         assert (s.pages + taken.get(key, 0)) * PAGE_TOKENS >= s.computed + count
 
     # Decoding never waits, and nobody is preempted who goes before someone that runs on.
@@ -65,14 +68,14 @@ def test_guarantees(
     alive = [s for s in running if s.key not in gone]
     for s in alive:
         if s.remaining == 1:
-            assert rows[s.key] == 1
+            assert rows[s.key] >= 1
     if gone and alive:
         assert max(s.order for s in alive) < min(views[key].order for key in gone)
 
     # Prompt rows keep to the budget; the batch keeps to its size.
     decoding = [s for s in alive if s.remaining == 1]
     budget = limits.chunk_tokens if decoding else limits.step_tokens
-    assert sum(rows.values()) - len(decoding) <= budget
+    assert sum(rows.values()) - sum(rows[s.key] for s in decoding) <= budget
     assert len(alive) + len(plan.admitted) <= limits.max_batch
 
     # Admission is in order: nobody waiting goes before somebody admitted.
@@ -81,6 +84,22 @@ def test_guarantees(
         assert max(views[key].order for key in plan.admitted) < min(s.order for s in left)
     if gone:
         assert not plan.admitted, "what preemption freed is for decoding"
+
+
+@given(states())
+def test_nobody_gives_way_to_a_draft(
+    state: tuple[list[SequenceView], list[SequenceView], int, Limits],
+) -> None:
+    running, waiting, available, limits = state
+    plan = plan_step(running, waiting, available, limits)
+    undrafted = [replace(s, drafts=0) for s in running]
+    without = plan_step(undrafted, waiting, available, limits)
+    assert plan.preempted == without.preempted
+    assert {key for key, _ in without.chunks} - set(without.admitted) <= dict(plan.chunks).keys()
+    if plan.take == without.take and not plan.preempted:  # all drafts fit pages held already
+        for s in running:
+            if s.drafts and s.computed + 1 + s.drafts <= s.pages * PAGE_TOKENS:
+                assert dict(plan.chunks)[s.key] == 1 + s.drafts
 
 
 @given(states())

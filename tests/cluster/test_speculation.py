@@ -1,0 +1,336 @@
+"""Drafts: how many to make, when they come true, and what is told of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayseek.cluster.engine import Engine, run_to_end
+from rayseek.cluster.next_token import adjust_logits
+from rayseek.cluster.request import Delta, FinishReason, Request, SamplingParams, Token
+from rayseek.cluster.sequence import Sequence
+from rayseek.cluster.speculation import (
+    MARGIN,
+    TRY_AGAIN,
+    Choice,
+    DraftMeter,
+    Measured,
+    choose_depth,
+    expected_tokens,
+    interpolated,
+)
+
+EngineMaker = Callable[..., Engine]
+
+
+@st.composite
+def measurements(draw: st.DrawFn) -> tuple[Measured, int]:
+    most = draw(st.integers(1, 3))
+    seconds = st.floats(1e-4, 1.0)
+    tables = st.dictionaries(st.integers(1, 128), seconds, min_size=1, max_size=6)
+    acceptance = tuple(draw(st.lists(st.floats(0, 1), min_size=most, max_size=most)))
+    unused = tuple(draw(st.lists(st.integers(0, 2 * TRY_AGAIN), min_size=most + 1,
+                                 max_size=most + 1)))  # fmt: skip
+    step, draft = (tuple(sorted(draw(tables).items())) for _ in range(2))
+    return Measured(acceptance, step, draft, unused), most
+
+
+@given(measurements(), st.integers(1, 64))
+def test_a_depth_is_on_trial_or_has_the_best_prospect(
+    given_: tuple[Measured, int], batch: int
+) -> None:
+    measured, most = given_
+    choice = choose_depth(measured, batch, most)
+    assert 0 <= choice.depth <= most
+    if max(measured.unused) >= TRY_AGAIN:
+        assert measured.unused[choice.depth] == max(measured.unused)
+        return
+    steps = [interpolated(measured.step_s, batch * (1 + d)) for d in range(most + 1)]
+    draft = interpolated(measured.draft_s, batch)
+    assert draft is not None
+    rates = [
+        batch * expected_tokens(measured.acceptance[:d]) / (s + d * draft)
+        for d, s in enumerate(steps)
+        if s is not None
+    ]
+    assert choice.rates == pytest.approx(rates)
+    assert rates[choice.depth] >= rates[0], "never predicted to be slower than without drafts"
+    assert all(rate <= MARGIN * rates[choice.depth] for rate in rates)
+
+
+def test_extremes() -> None:
+    flat = ((1, 0.01), (64, 0.01))
+    cheap, fresh = ((1, 0.001), (64, 0.001)), (0, 0, 0)
+    assert choose_depth(Measured((0.0, 0.0), flat, cheap, fresh), 4, 2).depth == 0
+    assert choose_depth(Measured((1.0, 1.0), flat, cheap, fresh), 4, 2).depth == 2
+    assert choose_depth(Measured((0.9, 0.0), flat, cheap, fresh), 4, 2).depth == 1
+    steep = ((1, 0.01), (64, 0.64))  # a row costs as much as a step of its own
+    assert choose_depth(Measured((0.9, 0.9), steep, cheap, fresh), 4, 2).depth == 0
+    assert choose_depth(Measured((0.5,), (), (), (0, 0)), 4, 1).depth == 1, "find out"
+
+
+@given(
+    st.dictionaries(st.integers(1, 200), st.floats(1e-4, 1.0), min_size=1, max_size=8),
+    st.integers(1, 400),
+)
+def test_times_between_measurements(table: dict[int, float], at: int) -> None:
+    points = sorted(table.items())
+    value = interpolated(points, at)
+    assert value is not None and value > 0
+    if at in table and len(table) > 1:
+        assert value == pytest.approx(table[at])
+    below = [s for r, s in points if r <= at]
+    above = [s for r, s in points if r >= at]
+    if below and above:
+        low, high = below[-1], above[0]
+        assert min(low, high) - 1e-9 <= value <= max(low, high) + 1e-9 or len(table) == 1
+
+
+def test_a_useless_draft_is_seldom_tried_and_noticed_when_it_becomes_useful() -> None:
+    """Against a machine whose step takes 10 ms, 11 with a draft, which takes 1 ms."""
+
+    def simulate(meter: DraftMeter, true: float, steps: int) -> int:
+        generator = torch.Generator().manual_seed(0)
+        used = pending = 0
+        for _ in range(steps):
+            if pending:
+                hit = bool(torch.rand(1, generator=generator) < true)
+                meter.verified(1, int(hit))
+            meter.step_took(1 + pending, 0.010 + 0.001 * pending)
+            pending = meter.choose(choose_depth, 1)
+            if pending:
+                meter.draft_took(1, 0.001)
+            used += pending
+        return used
+
+    meter = DraftMeter(1)
+    simulate(meter, 0.0, 3000)
+    assert simulate(meter, 0.0, 1280) <= 11
+    assert simulate(meter, 0.95, 20_000) > 10_000
+
+
+def prompt_of(seed: int, length: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(3, 300, (length,), generator=generator).tolist())
+
+
+def one_draft(*_: object) -> Choice:
+    return Choice(1)
+
+
+def deltas_of(engine: Engine, *requests: Request) -> dict[str, list[Delta]]:
+    for request in requests:
+        engine.submit(request)
+    deltas: dict[str, list[Delta]] = defaultdict(list)
+    run_to_end(engine, lambda d: deltas[d.request_id].append(d))
+    engine.pool.check()
+    assert engine.pool.available == engine.pool.num_pages
+    return deltas
+
+
+def tokens_of(deltas: list[Delta]) -> list[Token]:
+    return [token for delta in deltas for token in delta.tokens]
+
+
+DEMANDING = SamplingParams(
+    50, temperature=1.0, seed=11, top_k=50, top_p=0.95, frequency_penalty=0.8,
+    presence_penalty=0.4, repetition_penalty=1.2, logit_bias=((7, 2.0),), min_tokens=3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("grammar", ["", "start: /[a-z ]{300}/"])
+@pytest.mark.parametrize("params", [DEMANDING, replace(DEMANDING, temperature=0.0)])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_draft_that_knows_the_targets_logits_always_comes_true(
+    make_engine: EngineMaker, grammar: str, params: SamplingParams, depth: int
+) -> None:
+    """Exact coupling: noise, penalties, filters and grammar are the target's at every depth."""
+    engine = make_engine(draft_tokens=depth, policy=lambda *_: Choice(depth), blur=0.0)
+    request = Request("r", prompt_of(1, 20), params, grammar=grammar)  # ends at 70: one page edge
+    tokens = tokens_of(deltas_of(engine, request)["r"])
+    blind = engine.model.blurred  # type: ignore[attr-defined]
+    assert sum(engine.meter.accepted) >= sum(engine.meter.drafted) - depth * blind
+    assert engine.meter.drafted[0] > 10
+    if depth == 1 and not grammar:
+        assert engine.steps <= 1 + 50 // 2 + 2 * blind
+    assert sum(t.drafted for t in tokens) == sum(engine.meter.accepted)
+
+
+def test_the_module_itself_sees_the_target_through(make_engine: EngineMaker) -> None:
+    """With a bias that leaves the target no choice, the real module's draft has none either."""
+    sure = SamplingParams(30, temperature=0.5, seed=3, logit_bias=((42, 100.0),))
+    engine = make_engine(draft_tokens=2, policy=lambda *_: Choice(2))
+    deltas = deltas_of(engine, Request("r", prompt_of(2, 30), sure))["r"]
+    assert [t.id for t in tokens_of(deltas)] == [42] * 30
+    assert [len(d.tokens) for d in deltas] == [1] + [3] * 9 + [2]
+    assert engine.meter.drafted == engine.meter.accepted == [10, 9]
+
+
+@pytest.mark.parametrize("blur", [None, 0.0, 0.5])
+def test_what_is_told_of_drafts_adds_up(make_engine: EngineMaker, blur: float | None) -> None:
+    engine = make_engine(draft_tokens=2, policy=lambda *_: Choice(2), blur=blur)
+    requests = [
+        Request(f"r{i}", prompt_of(i, 30), SamplingParams(40, seed=i, temperature=0.7))
+        for i in range(4)
+    ]
+    deltas = deltas_of(engine, *requests)
+    tokens = [t for d in deltas.values() for t in tokens_of(d)]
+    assert sum(t.drafted for t in tokens) == sum(engine.meter.accepted)
+    told = sum(t.drafted + t.rejected for t in tokens)
+    assert told == sum(engine.meter.drafted), "no request ended before its last draft's turn"
+    assert engine.load.drafted == tuple(engine.meter.drafted)
+
+
+def test_a_stop_in_the_middle_of_accepted_drafts_ends_there(make_engine: EngineMaker) -> None:
+    plain = Request("r", prompt_of(5, 10), SamplingParams(30, seed=1, temperature=0.9))
+    ids = [t.id for t in tokens_of(deltas_of(make_engine(), plain)["r"])]
+    for stop in dict.fromkeys(ids[1:12]):
+        params = replace(plain.sampling, stop_token_ids=(stop,))
+        engine = make_engine(draft_tokens=3, policy=lambda *_: Choice(3), blur=0.0)
+        deltas = deltas_of(engine, replace(plain, sampling=params))["r"]
+        assert [t.id for t in tokens_of(deltas)] == ids[: ids.index(stop) + 1]
+        assert deltas[-1].finish is FinishReason.STOP
+
+
+def test_without_drafts_the_module_rests(make_engine: EngineMaker) -> None:
+    engine = make_engine(draft_tokens=0, blur=0.0)
+    engine.model.draft = engine.model.remember = None  # type: ignore[method-assign, assignment]
+    deltas_of(engine, Request("r", prompt_of(1, 100), SamplingParams(20)))
+
+
+class FailingDrafts:
+    """A model whose draft module fails at every third pass."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.drafts, self.hidden_size = inner, inner.drafts, inner.hidden_size
+        self.passes = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def draft(self, *arguments: Any) -> Any:
+        self.passes += 1
+        if self.passes % 3 == 0:
+            raise RuntimeError("a kernel failed")
+        return self.inner.draft(*arguments)
+
+
+def test_a_failing_draft_module_costs_speed_only(make_engine: EngineMaker) -> None:
+    requests = [
+        Request(f"r{i}", prompt_of(i, 30), SamplingParams(40, seed=i, temperature=0.7))
+        for i in range(3)
+    ]
+    expected = {k: [t.id for t in tokens_of(d)]
+                for k, d in deltas_of(make_engine(), *requests).items()}  # fmt: skip
+    engine = make_engine(draft_tokens=2, policy=lambda *_: Choice(2), blur=0.0)
+    engine.model = FailingDrafts(engine.model)
+    got = {k: [t.id for t in tokens_of(d)] for k, d in deltas_of(engine, *requests).items()}
+    assert got == expected
+    assert sum(engine.meter.accepted) > 0
+
+
+def test_the_passes_of_a_step_are_those_of_its_plan(make_engine: EngineMaker) -> None:
+    """What ranks that share experts rely on, also when this rank has nothing to compute."""
+    engine = make_engine(draft_tokens=2, policy=lambda *_: Choice(2))
+    passes: list[str] = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        inner = getattr(engine.model, name)
+
+        def call(*arguments: Any) -> Any:
+            passes.append(name)
+            return inner(*arguments)
+
+        return call
+
+    for name in ("forward", "draft"):
+        setattr(engine.model, name, counted(name))
+    for number, limit in enumerate((1, 2, 5)):
+        request = Request(f"r{number}", prompt_of(number, 90), SamplingParams(limit))
+        engine.submit(request)
+        while engine.busy:
+            plan = engine.plan()
+            passes.clear()
+            engine.run(plan)
+            assert passes == ["forward"] + ["draft"] * plan.draft_depth
+    passes.clear()
+    idle = replace(engine.plan(), draft_depth=2)
+    assert engine.run(idle) == []
+    assert passes == ["forward", "draft", "draft"]
+
+
+def test_a_cached_prefix_brings_its_drafts_latents(make_engine: EngineMaker) -> None:
+    """The module's layer of a shared page is as if the prompt had been computed."""
+    fresh, warm = (make_engine(draft_tokens=1, policy=one_draft) for _ in range(2))
+    prompt = prompt_of(8, 200)
+    deltas_of(warm, Request("first", prompt, SamplingParams(1)))
+    request = Request("r", prompt, SamplingParams(30, seed=2))
+    (cold_first, *_), (warm_first, *_) = (deltas_of(e, request)["r"] for e in (fresh, warm))
+    assert (cold_first.cached_tokens, warm_first.cached_tokens) == (0, 192)
+    assert fresh.meter.accepted == warm.meter.accepted
+    module = [e.model.cache.layers[-1] for e in (fresh, warm)]  # type: ignore[attr-defined]
+    pages = [e.pool.look_up(hashes_of(prompt)).pages for e in (fresh, warm)]
+    assert len(pages[0]) == len(pages[1]) == 3
+    for one, other in zip(*pages, strict=True):
+        assert torch.equal(module[0][one], module[1][other])
+
+
+def test_the_modules_latents_are_the_same_whatever_was_drafted(make_engine: EngineMaker) -> None:
+    """Drafts that fell, rows that waited: nothing of it stays in the pages."""
+    request = Request("r", prompt_of(4, 50), SamplingParams(120, seed=6, temperature=0.9))
+    kept = []
+    for depths in ([0], [2], [0, 1, 0, 0, 2]):
+        turn = itertools.cycle(depths)
+        engine = make_engine(
+            draft_tokens=2, blur=0.4, policy=lambda *_, turn=turn: Choice(next(turn))
+        )
+        ids = [t.id for t in tokens_of(deltas_of(engine, request)["r"])]
+        pages = engine.pool.look_up(hashes_of((*request.prompt_ids, *ids))).pages
+        assert len(pages) == 2
+        kept.append(engine.model.cache.layers[-1][list(pages)])  # type: ignore[attr-defined]
+    assert torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[0], kept[2])
+
+
+@given(
+    st.lists(st.integers(3, 20), min_size=1, max_size=8),
+    st.lists(st.integers(3, 20), min_size=1, max_size=4),
+    st.tuples(*[st.sampled_from([0.0, 0.7, -1.1])] * 2),
+    st.sampled_from([1.0, 1.3, 0.8]),
+    st.integers(0, 12),
+)
+def test_a_place_behind_drafts_is_that_of_a_sequence_which_has_emitted_them(
+    emitted: list[int],
+    drafts: list[int],
+    penalties: tuple[float, float],
+    repetition: float,
+    min_tokens: int,
+) -> None:
+    params = SamplingParams(
+        50, seed=9, frequency_penalty=penalties[0], presence_penalty=penalties[1],
+        repetition_penalty=repetition, min_tokens=min_tokens, stop_token_ids=(1, 4),
+        logit_bias=((5, 1.5),),
+    )  # fmt: skip
+    request = Request("r", (3, 4, 5), params, emitted_ids=tuple(emitted))
+    guessing = Sequence.start(request, 0)
+    guessing.drafts = drafts
+    logits = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    for count, place in enumerate(guessing.places(len(drafts))):
+        sure = Sequence.start(replace(request, emitted_ids=(*emitted, *drafts[:count])), 0).place
+        assert place.draw() == sure.draw()
+        one, other = logits.clone(), logits.clone()
+        adjust_logits(one, place)
+        adjust_logits(other, sure)
+        assert torch.equal(one, other)
+
+
+def hashes_of(ids: tuple[int, ...]) -> list[bytes]:
+    return Sequence.start(Request("x", ids, SamplingParams(1)), 0).hashes

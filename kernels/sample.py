@@ -34,7 +34,7 @@ def _fold(x: Tensor, shift: int) -> Tensor:
     return x.bitwise_xor_((x >> shift).bitwise_and_((1 << (32 - shift)) - 1))
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
     """A 32-bit word as the int32 of the same bits."""
     return word - (1 << 32) if word >> 31 else word
 
@@ -45,10 +45,10 @@ def gumbel_noise(keys: list[tuple[int, int]], vocab: int) -> Tensor:
     A 32-bit hash of (key, id) gives v in (0, 1); -log(-log1p(-v)) keeps full precision where it
     matters, at large noise (small v). int32 arithmetic wraps, which is what the hash wants.
     """
-    key_R2 = torch.tensor([[_signed(a), _signed(b)] for a, b in keys], dtype=torch.int32)
-    x = torch.arange(vocab, dtype=torch.int32).mul_(_signed(0x9E3779B9)) + key_R2[:, :1]
-    x = _fold(x, 16).mul_(_signed(0x85EBCA6B)).add_(key_R2[:, 1:])
-    x = _fold(_fold(x, 15).mul_(_signed(0x846CA68B)), 16)
+    key_R2 = torch.tensor([[signed(a), signed(b)] for a, b in keys], dtype=torch.int32)
+    x = torch.arange(vocab, dtype=torch.int32).mul_(signed(0x9E3779B9)) + key_R2[:, :1]
+    x = _fold(x, 16).mul_(signed(0x85EBCA6B)).add_(key_R2[:, 1:])
+    x = _fold(_fold(x, 15).mul_(signed(0x846CA68B)), 16)
     high, low = (x >> 16).bitwise_and_(0xFFFF).to(torch.float32), x.bitwise_and_(0xFFFF)
     v = high.mul_(2.0**16).add_(low).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     return v.neg_().log1p_().neg_().log_().neg_()

@@ -36,12 +36,16 @@ class Swapped(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Row tiles of a grouped product, int32 each: which expert (-1: no tile), rows first..stop."""
+    """Row tiles of a grouped product, int32 each: which expert (-1: no tile), rows first..stop.
+
+    The rows of an expert may lie side by side with the next one's or in a block of fixed size.
+    """
 
     expert: Tensor
     first: Tensor
     stop: Tensor
     rows: int  # most rows of a tile: 16, 32, 64 (swapped) or 128 (wide)
+    used: Tensor | None = None  # [1]: rows from here on belong to no tile
 
 
 WIDE_ROWS = 128  # rows of a tile of the wide form, and from how many rows on it is used

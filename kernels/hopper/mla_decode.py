@@ -100,7 +100,7 @@ def combine_kernel(
 
 def splits_for(tokens: int) -> int:
     """Splits of a sequence of so many tokens."""
-    return triton.cdiv(tokens, SPLIT_TOKENS)
+    return -(-tokens // SPLIT_TOKENS)
 
 
 def mla_attention(

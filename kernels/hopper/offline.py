@@ -24,7 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SHARED_LIMIT = 227 * 1024  # bytes a block may have on Hopper
-FILES = ("fp8_gemm", "bf16_gemm", "quantise", "latent_cache", "mla_decode")
+FILES = ("fp8_gemm", "bf16_gemm", "quantise", "latent_cache", "mla_decode", "mla_prefill",
+         "router", "permute", "sample")  # fmt: skip
 TABLE = Path(__file__).with_name("compiled.tsv")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -93,7 +94,7 @@ def compile_variant(variant: Variant) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        command = [CUOBJDUMP, "-res-usage", file.name]
+        command = [str(CUOBJDUMP), "-res-usage", file.name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout + done.stderr)
     if found is None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayseek.kernels.hopper import bf16_gemm, latent_cache, mla_decode
+from rayseek.kernels.hopper import bf16_gemm, latent_cache, mla_decode, mla_prefill
 from rayseek.kernels.latent_pages import store_latents_ref
 from rayseek.kernels.mla_attention import mla_attention_ref
 from rayseek.kernels.ops import PAGE_TOKENS, Norm
@@ -91,3 +91,17 @@ def test_attention_over_pages(heads: int, monkeypatch: pytest.MonkeyPatch) -> No
             positions[t : t + 1], 0.15, latent,
         )  # fmt: skip
         assert torch.equal(one[0], out[t])
+
+
+@pytest.mark.parametrize("rows, keys", [(5, 5), (3, 130), (140, 150)])
+def test_prefill_is_causal_attention_after_a_cached_prefix(rows: int, keys: int) -> None:
+    heads, nope, rope, value = 2, 32, 16, 32
+    q, kv = random(rows, heads, nope + rope), random(keys, heads, nope + value, seed=1)
+    key_rope = random(keys, rope, seed=2)
+    q, kv, key_rope = q.bfloat16(), kv.bfloat16(), key_rope.bfloat16()
+    k = torch.cat([kv[..., :nope], key_rope[:, None].expand(-1, heads, -1)], dim=-1)
+    score = torch.einsum("thx,shx->hts", q.float(), k.float()) * 0.1
+    future = torch.arange(keys)[None, :] > torch.arange(keys - rows, keys)[:, None]
+    weight = score.masked_fill(future, -torch.inf).softmax(dim=-1)
+    expected = torch.einsum("hts,shv->thv", weight, kv[..., nope:].float())
+    close(mla_prefill.mla_prefill(q, kv, key_rope, 0.1), expected, 6)

@@ -1,0 +1,118 @@
+"""Router, the way to the experts and back, and sampling, in the interpreter."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rayseek.kernels.hopper import permute, router, sample
+from rayseek.kernels.router import route_ref
+from rayseek.kernels.sample import Draw
+from rayseek.kernels.sample import sample as sample_ref
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    shape=st.sampled_from([(8, 4, 32, 8), (4, 2, 8, 4), (1, 1, 16, 2), (4, 4, 2, 8), (4, 1, 3, 2),
+                           (3, 3, 1, 2)]),
+    ties=st.booleans(),
+    normalise=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_router_is_the_reference(
+    seed: int, shape: tuple[int, int, int, int], ties: bool, normalise: bool
+) -> None:
+    groups, keep, size, top_k = shape
+    logits, bias = random(4, groups * size, seed=seed), random(groups * size, seed=seed + 1)
+    if ties:
+        logits, bias = logits.round(), (bias * 2).round() / 2
+    if size == 1:  # the reference sums the best one only where a group has no second
+        bias = bias.abs()
+    ids, weights = router.route(logits, bias, groups, keep, top_k, normalise, 2.5)
+    same_ids, same_weights = route_ref(logits, bias, groups, keep, top_k, normalise, 2.5)
+    assert torch.equal(ids, same_ids)
+    torch.testing.assert_close(weights, same_weights)
+
+
+def test_router_chooses_k_experts_whatever_the_logits() -> None:
+    logits = random(3, 32)
+    logits[0], logits[1, 5] = torch.nan, torch.inf
+    ids, _ = router.route(logits, torch.zeros(32), 4, 2, 4, True, 1.0)
+    assert bool((ids.diff(dim=1) > 0).all()) and int(ids.min()) >= 0 and int(ids.max()) < 32
+
+
+@given(seed=st.integers(0, 999), rows=st.integers(1, 40), experts=st.sampled_from([1, 3, 8, 40]))
+@settings(max_examples=15, deadline=None)
+def test_assignment_sorts_by_expert_and_cuts_tiles(seed: int, rows: int, experts: int) -> None:
+    top_k = min(experts, 4)
+    make = torch.Generator().manual_seed(seed)
+    chosen = torch.stack([torch.randperm(experts, generator=make)[:top_k] for _ in range(rows)])
+    ids = chosen.sort(dim=1).values.int()
+    to = permute.assign(ids, experts)
+    order = sorted(range(rows * top_k), key=lambda pair: (int(ids.flatten()[pair]), pair))
+    assert to.place_TK.flatten()[order].tolist() == list(range(rows * top_k))
+    assert to.row_S.tolist() == [pair // top_k for pair in order]
+    assert to.tiles.used is not None and to.tiles.used.tolist() == [rows * top_k]
+    covered = []
+    for expert, first, stop in zip(*(column.tolist() for column in to.tiles[:3]), strict=True):
+        if expert >= 0:
+            assert 0 < stop - first <= to.tiles.rows
+            assert {int(ids.flatten()[order[s]]) for s in range(first, stop)} == {expert}
+            covered += range(first, stop)
+    assert covered == list(range(rows * top_k))
+
+
+def test_rows_go_to_experts_and_come_back_weighted_in_order() -> None:
+    experts, here, d = 6, 5, 300  # the last expert is elsewhere
+    ids = torch.tensor([[0, 2, 5], [1, 2, 3], [0, 4, 5]], dtype=torch.int32)
+    to = permute.assign(ids, here)
+    data, scale = (random(3, d) * 50).to(torch.float8_e4m3fn), random(3, 3, seed=1).abs()
+    rows, scales = permute.gather(data, scale, to)
+    used = int((ids < here).sum())
+    source = to.row_S[:used].long()
+    assert torch.equal(rows[:used].float(), data[source].float())
+    assert torch.equal(scales[:, :used], scale[:, source])
+    y, weights, into = random(9, d).bfloat16(), random(3, 3, seed=2), random(3, d, seed=3)
+    expected = into.clone()
+    for t in range(3):
+        for k in range(3):
+            if ids[t, k] < here:
+                expected[t] += weights[t, k] * y[to.place_TK[t, k]].float()
+    permute.combine(y, ids, weights, to, here, into)
+    assert torch.equal(into, expected)
+
+
+@given(
+    seed=st.integers(0, 2**63),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 1, 2, 40, 5000]),
+    top_p=st.sampled_from([1.0, 0.9, 0.37, 1e-9]),
+    min_p=st.sampled_from([0.0, 0.05]),
+    coarse=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_sampled_tokens_are_the_reference(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float, coarse: bool
+) -> None:
+    logits = random(3, 2500, seed=seed % 1000) * 3
+    logits[:, 100:200] = -torch.inf
+    if coarse:  # many ties, at the edges of the filters too
+        logits = logits.round()
+    draws = [
+        Draw(temperature, top_k, top_p, min_p, seed, 7),
+        Draw(0.0, 5, 0.5, 0.0, seed, 8),
+        Draw(1.0, 0, 1.0, 0.0, seed, 9),
+    ]
+    assert sample.draw(logits, draws).tolist() == sample_ref(logits.clone(), draws)
+
+
+def test_many_draws_agree_with_the_reference() -> None:
+    logits = random(1, 5000, seed=5).expand(16, -1).contiguous() * 2
+    draws = [Draw(0.8, 0, 0.6, 0.0, 3, position) for position in range(16)]
+    assert sample.draw(logits, draws).tolist() == sample_ref(logits.clone(), draws)

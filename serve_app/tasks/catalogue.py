@@ -8,10 +8,12 @@ from __future__ import annotations
 from rayseek.serve_app.tasks import (
     arithmetic,
     chat,
+    code,
     counting,
     dates,
     edits,
     facts,
+    fim,
     json_answers,
     lists,
     sorting,
@@ -30,6 +32,8 @@ CATALOGUE: tuple[Task, ...] = (
     *units.TASKS,
     *edits.TASKS,
     *json_answers.TASKS,
+    *fim.TASKS,
+    *code.TASKS,
 )
 _BY_NAME = {entry.name: entry for entry in CATALOGUE}
 

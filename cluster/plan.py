@@ -1,0 +1,203 @@
+"""Who belongs to a unit, and who holds which experts: the plan that all its processes follow.
+
+Pure: the leader makes a new plan whenever somebody comes, dies or hangs, or when the experts are to
+be spread anew. Plans are numbered by epoch; a process follows the newest one it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayseek.cluster.placement import ExpertPlacement, Loads, make_placement, settle, without
+
+if TYPE_CHECKING:  # torch stays out of the leader's process
+    from rayseek.cluster.engine import Load
+
+Role = Literal["attention", "expert"]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A process that takes part. `name` is new for every process; `store`: host:port of the
+    key-value store it offers for meeting the others."""
+
+    name: str
+    role: Role
+    node: str
+    store: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the config asks of a unit. experts 0: the attention ranks hold them (colocated)."""
+
+    attention: int
+    experts: int
+    redundant: int  # expert slots beyond one per expert
+    num_experts: int
+    groups: int  # expert groups of the router
+    layers: tuple[int, ...]  # with experts, the MTP module's included
+
+
+@dataclass(frozen=True, slots=True)
+class UnitPlan:
+    """members: attention ranks first. Their order is their rank in the epoch's process group."""
+
+    epoch: int
+    members: tuple[Member, ...]
+    placement: ExpertPlacement
+    dedicated: bool
+
+    @property
+    def holders(self) -> tuple[int, ...]:
+        """Group ranks of the members that hold expert slots, in the placement's order."""
+        role: Role = "expert" if self.dedicated else "attention"
+        return tuple(rank for rank, m in enumerate(self.members) if m.role == role)
+
+    def rank_of(self, name: str) -> int | None:
+        return next((rank for rank, m in enumerate(self.members) if m.name == name), None)
+
+    def holder_of(self, name: str) -> int | None:
+        """Which holder a member is; None: it holds no experts, or is no member."""
+        rank = self.rank_of(name)
+        return self.holders.index(rank) if rank in self.holders else None
+
+
+def next_plan(
+    current: UnitPlan | None,
+    present: Sequence[Member],
+    wanted: Wanted,
+    loads: Loads,
+    *,
+    rebalance: bool = False,
+    complete: bool = False,
+) -> UnitPlan | str:
+    """The plan for those who are present, or why there is none.
+
+    Experts stay where they are if they can: a dead holder's experts are taken over by their
+    replicas when every expert has one left, and spread anew over the survivors when not.
+    rebalance: spread by load even if nobody came or went. complete: wait for all that are wanted.
+    """
+    attention = _first([m for m in present if m.role == "attention"], wanted.attention, current)
+    experts = _first([m for m in present if m.role == "expert"], wanted.experts, current)
+    dedicated = wanted.experts > 0
+    holders = experts if dedicated else attention
+    if not attention:
+        return "no attention rank is up"
+    if not holders:
+        return "no expert rank is up"
+    missing = wanted.attention - len(attention) + (wanted.experts - len(experts))
+    if complete and missing > 0:
+        return f"waiting for {missing} more ranks"
+    epoch = 0 if current is None else current.epoch + 1
+    placement = _placement(current, holders, wanted, loads, rebalance)
+    return UnitPlan(epoch, (*attention, *experts), placement, dedicated)
+
+
+def _placement(
+    current: UnitPlan | None,
+    holders: Sequence[Member],
+    wanted: Wanted,
+    loads: Loads,
+    rebalance: bool,
+) -> ExpertPlacement:
+    version = 0
+    before: list[str] = []
+    if current is not None:
+        before = [current.members[rank].name for rank in current.holders]
+        version = current.placement.version + 1
+        names = [m.name for m in holders]
+        if names == before and not rebalance:
+            return current.placement
+        if not rebalance and set(names) < set(before):
+            dead = [i for i, name in enumerate(before) if name not in names]
+            kept = without(current.placement, dead)
+            if kept is not None:
+                return kept
+    nodes = sorted({m.node for m in holders})
+    placement = make_placement(
+        loads,
+        [nodes.index(m.node) for m in holders],
+        redundant=wanted.redundant,
+        n_group=wanted.groups,
+        version=version,
+    )
+    if current is None:
+        return placement
+    after = [m.name for m in holders]
+    became = {i: after.index(name) for i, name in enumerate(before) if name in after}
+    return settle(current.placement, placement, became)
+
+
+def _first(present: Sequence[Member], count: int, current: UnitPlan | None) -> list[Member]:
+    """`count` of them, those in the current plan first and in its order; the rest are spares."""
+    known = {m.name: i for i, m in enumerate(current.members)} if current else {}
+    return sorted(present, key=lambda m: known.get(m.name, len(known)))[:count]
+
+
+def problems(plan: UnitPlan | None, present: Sequence[Member], wanted: Wanted) -> list[str]:
+    """One sentence for each way in which the unit is less than the config asks for."""
+    if plan is None:
+        return ["the unit is not complete yet"]
+    sentences = []
+    for role, want in (("attention", wanted.attention), ("expert", wanted.experts)):
+        have = sum(m.role == role for m in plan.members)
+        if have < want:
+            sentences.append(f"{have} of {want} {role} ranks take part")
+    gone = [m.name for m in plan.members if m.name not in {p.name for p in present}]
+    if gone:
+        sentences.append(f"gone, and being replaced: {', '.join(gone)}")
+    if wanted.redundant:
+        alone = max(map(len, plan.placement.single_homed().values()), default=0)
+        planned = max(wanted.num_experts - wanted.redundant, 0)
+        if alone > planned:
+            sentences.append(
+                f"{alone} of {wanted.num_experts} experts run on one rank only, not {planned}"
+            )
+    return sentences
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """What a member says of itself when asked.
+
+    epoch: of the group it is in; -1: in none. waits: it stands in an exchange, for others; idle:
+    it has nothing to do. since_s: for how long it has been at `where`.
+    """
+
+    epoch: int
+    passes: int
+    where: str
+    waits: bool
+    idle: bool
+    since_s: float
+    load: Load | None = None  # of an attention rank's engine
+    expert_rows: ExpertRows | None = None  # of a holder, since it was asked last
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRows:
+    """Rows that a holder computed: [MoE layers, its slots], under the placement of this version."""
+
+    version: int
+    rows: NDArray[np.int64]
+
+
+def culprits(pulses: Mapping[str, Pulse | None], deadline_s: float) -> dict[str, str]:
+    """Whom to kill, and why, when members stand still. None: it did not answer in time.
+
+    Who waits in an exchange is a victim as long as somebody else is not in it. When all of them
+    wait, nobody is to blame: the group's own time limit ends it.
+    """
+    silent = {name: "it does not answer" for name, pulse in pulses.items() if pulse is None}
+    stuck = {
+        name: f"it has been at {pulse.where} for {pulse.since_s:.0f} s"
+        for name, pulse in pulses.items()
+        if pulse and not pulse.waits and not pulse.idle and pulse.since_s > deadline_s
+    }
+    return silent | stuck

@@ -85,7 +85,7 @@ class UnitSettings(Section):
 
 
 class PrefillSettings(UnitSettings):
-    """Units that compute prompts and hand their pages over. None: decode units do it themselves."""
+    """Units that compute prompts and hand their pages over. With 0, decode units do it."""
 
     units: int = Field(default=0, ge=0)
 

@@ -116,6 +116,12 @@ class ExpertPlacement:
         return own or [s for s in slots if self.nodes[self.holder_of(s)] == home.node] or slots
 
 
+def slots_per_holder(experts: int, holders: int, redundant: int) -> int:
+    """Slots of each holder in a layer: enough for all experts and `redundant` further copies, but
+    never more than there are experts: no holder has one twice."""
+    return min(experts, -(-(experts + redundant) // holders))
+
+
 def make_placement(
     loads: Loads,
     nodes: Sequence[int],
@@ -125,8 +131,7 @@ def make_placement(
 ) -> ExpertPlacement:
     """Place the experts of each layer by their loads onto holders, whose nodes are `nodes`.
 
-    Slots: experts + redundant, rounded up to fill the holders evenly, but never more on a holder
-    than there are experts: no holder has an expert twice. The n_group groups of experts stay on
+    No holder gets an expert twice. The n_group groups of experts stay on
     one node each (hierarchical) where nodes are alike, divide the groups and have as many experts
     as a holder has slots; else all holders are one pool (global). A layer that the balancer
     would not improve keeps the plain order.
@@ -138,7 +143,7 @@ def make_placement(
             f"redundant, on {len(nodes)} holders"
         )
     (experts,) = sizes
-    per_holder = min(experts, -(-(experts + redundant) // len(nodes)))
+    per_holder = slots_per_holder(experts, len(nodes), redundant)
     per_node = [list(nodes).count(node) for node in dict.fromkeys(nodes)]
     pools = len(per_node)
     if len(set(per_node)) > 1 or n_group % pools or per_holder > experts // pools:

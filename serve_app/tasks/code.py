@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from random import Random
 
 from rayseek.serve_app.tasks.asking import chat, phrase
-from rayseek.serve_app.tasks.example import Answer, Chat, Judge, Language, Task
+from rayseek.serve_app.tasks.example import Answer, Chat, Judge, Language, Task, is_held_out
 from rayseek.serve_app.tasks.functions import KINDS, Function, same_results, write
 from rayseek.serve_app.tasks.judging import unfenced
 
@@ -60,8 +60,11 @@ def _judge(function: Function, name: str | None) -> Judge:
 
 def _code(random: Random, language: Language) -> Chat:
     named = random.random() < 0.5
-    kind = random.choice(KINDS if named else _DESCRIBED)
-    function = write(random, language, kind, plain=not named)
+    while True:
+        kind = random.choice(KINDS if named else _DESCRIBED)
+        function = write(random, language, kind, plain=not named)
+        if not named or is_held_out("code", function.source) == is_held_out("fim", function.source):
+            break  # held out in one of the two tasks is held out in both
     does = _does(function.says, language)
     if named:
         key = function.source

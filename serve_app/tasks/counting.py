@@ -51,6 +51,18 @@ _PHRASE: Wordings = {
     ),
     "zh": ("这句话有几个单词：{items}", "“{items}”有几个单词？", "数一数有几个单词：{items}"),
 }
+_LETTERS: Wordings = {
+    "en": (
+        "how many ({letter}'s|{letter}) are (there |)in (the word |){word}?",
+        "how (often|many times) does (the letter |){letter} (appear|occur) in (the word |){word}?",
+        "count the letter {letter} in {word}.",
+    ),
+    "zh": (
+        "{word}里有几个{letter}？",
+        "{word}中字母{letter}出现了几次？",
+        "数一下{word}里的{letter}。",
+    ),
+}
 _RANGE: Wordings = {
     "en": (
         "count from {a} to {b}.",
@@ -75,6 +87,7 @@ def _words(language: Language) -> tuple[str, ...]:
 
 
 _VOCABULARY: Wordings = {"en": _words("en"), "zh": _words("zh")}
+_SPELLED = (*(word for word in _VOCABULARY["en"] if word.isalpha()), "strawberry")
 _NUMBERS = tuple(map(str, range(100)))
 
 
@@ -149,6 +162,23 @@ def _count_words(random: Random, language: Language) -> Chat:
     )
 
 
+def _count_letter(random: Random, language: Language) -> Chat:
+    """The answer spells the word first: its tokens do not show its letters."""
+    word = random.choice(_SPELLED)
+    letter = random.choice(word)
+    count = word.count(letter)
+    spelled = "-".join(word)
+    times = f"{letter} appears {count} time{'' if count == 1 else 's'}."
+    return chat(
+        random,
+        language,
+        key=f"letter {letter}|{word}",
+        text=phrase(random, language, _LETTERS[language], letter=letter, word=word),
+        answer=f"{spelled}: {times if language == 'en' else f'{letter}出现了{count}次。'}",
+        judge=says_number(count),
+    )
+
+
 def _count_up(random: Random, language: Language) -> Chat:
     low = random.choice((0, 1, 1, 1, random.randint(0, 12), random.randint(0, 90)))
     values = list(range(low, low + random.randint(3, 9)))
@@ -168,7 +198,9 @@ def _count_up(random: Random, language: Language) -> Chat:
 
 def _count(random: Random, language: Language) -> Chat:
     roll = random.random()
-    if roll < 0.35:
+    if roll < 0.08:
+        return _count_letter(random, language)
+    if roll < 0.38:
         return _count_items(random, language)
     if roll < 0.72:
         return _count_one(random, language)

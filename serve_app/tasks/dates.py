@@ -139,6 +139,13 @@ _LEAP: Wordings = {
 }
 
 
+def _called(random: Random, language: Language, day: int) -> str:
+    """A weekday as a question names it; answers have the usual name."""
+    if language == "en" or random.random() < 0.7:
+        return DAYS[language][day]
+    return f"周{DAYS['zh'][day][-1]}" if day < 6 or random.random() < 0.5 else "星期天"
+
+
 def _weekday(random: Random, language: Language) -> Chat:
     start, n = random.randrange(7), random.randint(2, 14 if random.random() < 0.8 else 30)
     back = random.random() < 0.25
@@ -152,7 +159,9 @@ def _weekday(random: Random, language: Language) -> Chat:
         random,
         language,
         key=f"weekday {start}{'-' if back else '+'}{n}",
-        text=phrase(random, language, wordings[language], day=days[start], n=n),
+        text=phrase(
+            random, language, wordings[language], day=_called(random, language, start), n=n
+        ),
         answer=answer,
         judge=_names_day(right, language),
     )
@@ -185,6 +194,7 @@ def _neighbour(random: Random, language: Language) -> Chat:
     answer = f"The {kind} {'before' if back else 'after'} {names[at]} is {right}."
     if language == "zh":
         answer = f"{names[at]}的{'前' if back else '后'}一{'个月' if months else '天'}是{right}。"
+    shown = names[at] if months else _called(random, language, at)
     judge = chooses(right, names) if months else _names_day(right, language)
     if months and language == "zh":
         judge = says_number(int(right[:-1]))
@@ -192,7 +202,7 @@ def _neighbour(random: Random, language: Language) -> Chat:
         random,
         language,
         key=f"{names[at]}{'-' if back else '+'}|{which}",
-        text=phrase(random, language, wordings[which : which + 1], **{kind: names[at]}),
+        text=phrase(random, language, wordings[which : which + 1], **{kind: shown}),
         answer=answer,
         judge=judge,
     )

@@ -6,6 +6,7 @@ The words come from short lists in ever new company: the key is the change and t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from random import Random
 
@@ -130,6 +131,10 @@ _TITLE: Wordings = {
     ),
     "zh": ("(把|将)“{text}”每个单词的首字母大写。", "每个单词首字母大写：{text}"),
 }
+_SPELL: Wordings = {
+    "en": ("spell {text}.", "(how do you|can you) spell {text}?", "spell the word {text}."),
+    "zh": ("拼写{text}。", "{text}怎么拼写？", "{text}怎么拼？"),
+}
 
 
 def _words(language: Language) -> tuple[str, ...]:
@@ -137,7 +142,9 @@ def _words(language: Language) -> tuple[str, ...]:
     return tuple(sorted({w for table in tables for w in table[language] if w.isalpha()}))
 
 
-_VOCABULARY = {"en": _words("en"), "zh": _words("zh")}
+_GREETINGS = ("hello", "world", "good", "morning", "friend", "day")
+_VOCABULARY = {"en": (*_words("en"), *_GREETINGS), "zh": _words("zh")}
+_VERBS = ("sees", "likes", "has", "wants", "finds", "buys", "sold", "took", "lost", "found")
 _CAPITALS = tuple(word for word in (*NAMES["en"], *CITIES["en"]) if word.isalpha())
 
 
@@ -149,12 +156,32 @@ def _some(random: Random, language: Language, low: int, high: int) -> list[str]:
     return words
 
 
+def _sentence(random: Random, language: Language) -> tuple[str, str]:
+    """A short sentence, and one of its words to work with."""
+    who, what = random.choice(ANIMALS[language]), random.choice(OBJECTS[language])
+    colour = random.choice(COLOURS[language])
+    if language == "zh":
+        verb = random.choice(("喜欢", "有一个", "看见", "想要", "买了"))
+        return f"{random.choice(NAMES['zh'])}{verb}{colour}的{what}。", random.choice(
+            (colour, what)
+        )
+    verb, end = random.choice(_VERBS), "." if random.random() < 0.6 else ""
+    roll = random.random()
+    if roll < 0.4:
+        return f"The {who} {verb} the {what}{end}", random.choice((who, what, verb))
+    if roll < 0.7:
+        return f"The {colour} {what} is on the table{end}", random.choice((colour, what, "table"))
+    name = random.choice(NAMES["en"])
+    return f"{name} {verb} a {colour} {what}{end}", random.choice((name, verb, colour, what))
+
+
 Edit = tuple[Wordings, str, str, dict[str, object]]  # wordings, text, right answer, other fields
 
 
 def _case(random: Random, language: Language) -> Edit:
-    words = _some(random, "en", 1, 3)
-    text = " ".join(words)
+    text = " ".join(_some(random, "en", 1, 3))
+    if random.random() < 0.2:
+        text = _sentence(random, "en")[0].lower()
     roll = random.random()
     if roll < 0.5:
         return _UPPER, text, text.upper(), {}
@@ -165,6 +192,9 @@ def _case(random: Random, language: Language) -> Edit:
 
 
 def _letters(random: Random, language: Language) -> Edit:
+    if random.random() < 0.25:
+        word = random.choice(_VOCABULARY["en"])
+        return _SPELL, word, "-".join(word), {}
     if random.random() < 0.5:
         word = random.choice(_VOCABULARY["en" if random.random() < 0.7 else language])
         if not word.isascii():
@@ -189,6 +219,14 @@ def _order(random: Random, language: Language) -> Edit:
 
 
 def _change(random: Random, language: Language) -> Edit:
+    if random.random() < 0.4:
+        text, old = _sentence(random, language)
+        tables = (ANIMALS[language], OBJECTS[language], COLOURS[language], _VERBS)
+        alike = next((table for table in tables if old in table), NAMES[language])
+        new = random.choice(alike)
+        edge = r"\b" if language == "en" else ""
+        right = re.sub(f"{edge}{re.escape(old)}{edge}", new, text)
+        return _REPLACE, text, right, {"old": old, "new": new}
     words = _some(random, language, 3, 5)
     text = " ".join(words)
     at = random.randrange(len(words))
@@ -204,6 +242,8 @@ def _change(random: Random, language: Language) -> Edit:
 def _copy(random: Random, language: Language) -> Edit:
     if random.random() < 0.5:
         text = " ".join(_some(random, language, 2, 5))
+        if random.random() < 0.4:
+            text = _sentence(random, language)[0]
         return _SAY, text, text, {}
     word, n = _some(random, language, 1, 1)[0], random.randint(2, 6)
     return _REPEAT, word, " ".join([word] * n), {"n": n}

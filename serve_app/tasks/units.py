@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from random import Random
 
 from rayseek.serve_app.tasks.asking import chat, phrase
-from rayseek.serve_app.tasks.example import Chat, Language, Task
+from rayseek.serve_app.tasks.example import Chat, Language, Task, is_held_out
 from rayseek.serve_app.tasks.judging import says_number
 
 Wordings = Mapping[Language, tuple[str, ...]]
@@ -87,8 +87,11 @@ _ROUND = (10, 100, 1000)  # these are asked in both directions
 
 
 def _conversion(random: Random, language: Language) -> Chat:
-    larger, smaller, factor, greatest = random.choice(_PAIRS[language])
-    n = random.randint(1, 12 if random.random() < 0.5 else greatest)
+    while True:
+        larger, smaller, factor, greatest = random.choice(_PAIRS[language])
+        n = random.randint(1, 12 if random.random() < 0.5 else greatest)
+        if not is_held_out("arithmetic", f"{n}×{factor}"):
+            break  # a product that is held out there must not be said here
     value, sign = n * factor, "×"
     source, target = _UNITS[larger], _UNITS[smaller]
     if factor in _ROUND and random.random() < 0.25:

@@ -11,6 +11,7 @@ from rayseek.serve_app.tasks import (
     code,
     counting,
     dates,
+    decline,
     edits,
     facts,
     fim,
@@ -24,6 +25,7 @@ from rayseek.serve_app.tasks.example import Task
 CATALOGUE: tuple[Task, ...] = (
     *chat.TASKS,
     *facts.TASKS,
+    *decline.TASKS,
     *arithmetic.TASKS,
     *sorting.TASKS,
     *counting.TASKS,

@@ -99,7 +99,7 @@ def _judge(function: Function, prefix: str, middle: str, suffix: str) -> Judge:
 
 
 def _fill(random: Random, language: Language) -> Fill:
-    fibonacci = random.random() < 0.05
+    fibonacci = random.random() < 0.06
     kind = random.choice(_FIBONACCI if fibonacci else KINDS)
     bare = random.random() < (0.6 if fibonacci else 0.15)
     named = bare or random.random() < 0.9
@@ -115,9 +115,11 @@ def _fill(random: Random, language: Language) -> Fill:
     roll, inner = random.random(), len(function.body)
     if roll < (0.3 if inner == 1 else 0.2):
         cut = _lines_cut(random, lines, body, end)
-    elif roll < 0.6 and inner > 1:
-        start = random.randrange(inner)
-        stop = random.randint(start + 1, min(inner, start + 3))
+    elif roll < (0.8 if fibonacci else 0.6) and inner > 1:
+        start, stop = 0, inner - 1  # all but the last line
+        if random.random() < 0.6:
+            start = random.randrange(inner)
+            stop = random.randint(start + 1, min(inner, start + 3))
         cut = _lines_cut(random, lines, body + start, body + stop)
     elif roll < 0.88:
         cut = _expression_cut(random, lines, random.randrange(body, end))

@@ -156,7 +156,7 @@ def _asked(random: Random, made: Record) -> Record:
     """The fields that are asked for: all, or some; in the order of the text or another."""
     keys = list(made)
     if random.random() < 0.3:
-        keys = random.sample(keys, random.randint(1 if len(keys) == 2 else 2, len(keys)))
+        keys = random.sample(keys, random.randint(1 if len(keys) <= 2 else 2, len(keys)))
     return {key: made[key] for key in keys}
 
 

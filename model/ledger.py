@@ -40,6 +40,8 @@ class Ledger:
     rows: tuple[Row, ...]
     ranks: int
     slots: int  # expert slots of a rank in each MoE layer
+    slot_bytes: int  # one slot over the main model's MoE layers
+    mtp_slot_bytes: int
     kv_bytes_per_token: int  # one latent in each layer of the main model
     mtp_kv_bytes_per_token: int  # and in the MTP module, when it drafts
     device_bytes: int | None
@@ -93,6 +95,7 @@ def make_ledger(
         )
     slots = copies // ranks
     sums: dict[str, list[int]] = {}
+    slot_bytes = {False: 0, True: 0}  # of the main model, of the MTP module
     for name, spec in inventory(config).items():
         mtp = spec.layer is not None and spec.layer >= config.num_hidden_layers
         kind = MTP_KIND if mtp and spec.kind != Kind.MTP_COPY else str(spec.kind)
@@ -103,12 +106,15 @@ def make_ledger(
         if spec.kind != Kind.MTP_COPY and not spec.expert:
             # Experts of a layer are all of one size: the first stands for every slot's.
             row[3] += spec.bytes * (1 if spec.expert is None else slots)
+            slot_bytes[mtp] += spec.bytes if spec.expert is not None else 0
     latent = config.latent_width * KV_ITEM_BYTES
     order = [str(kind) for kind in Kind if kind != Kind.MTP_COPY] + [MTP_KIND, str(Kind.MTP_COPY)]
     return Ledger(
         rows=tuple(Row(kind, *sums[kind]) for kind in order if kind in sums),
         ranks=ranks,
         slots=slots,
+        slot_bytes=slot_bytes[False],
+        mtp_slot_bytes=slot_bytes[True],
         kv_bytes_per_token=latent * config.num_hidden_layers,
         mtp_kv_bytes_per_token=latent * config.num_nextn_predict_layers,
         device_bytes=None if device_gib is None else int(device_gib * 2**30),

@@ -6,6 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from rayseek.cluster.config import shipped_configs
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
@@ -14,12 +16,14 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="start Ray, the engine and the API on this machine")
-    serve.add_argument("config", nargs="?", type=Path, help="YAML config; default: all defaults")
+    serve.add_argument("config", nargs="?", help="a .yaml file, or a shipped one's name")
     serve.add_argument("--model", type=Path, help="checkpoint folder in the official layout")
     serve.add_argument("--port", type=int, help="port of the API (default 8000)")
     serve.add_argument("--host", help="address to listen on (default 0.0.0.0: every interface)")
 
     _add_keys(commands.add_parser("keys", help="who may use the API: add, list, revoke"))
+
+    _add_config(commands.add_parser("config", help="does a config fit, and how is it deployed?"))
 
     inspect = commands.add_parser("inspect", help="where a checkpoint's bytes go, on N ranks")
     inspect.add_argument("path", type=Path, help="checkpoint folder, or a config.json alone")
@@ -67,6 +71,17 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--transformers", action="store_true", help="also time transformers")
     bench.add_argument("--json", type=Path, help="write the figures there")
     return top
+
+
+def _add_config(config: argparse.ArgumentParser) -> None:
+    source = argparse.ArgumentParser(add_help=False)
+    source.add_argument("config", help=f"a .yaml file, or one of {', '.join(shipped_configs())}")
+    source.add_argument("--model", type=Path, help="checkpoint folder, instead of model.path")
+    actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser("check", parents=[source], help="memory, contradictions, all ranks")
+    check.add_argument("--spec", choices=["671b"], help="plan for this model, without its files")
+    render = actions.add_parser("render", parents=[source], help="the file for `serve deploy`")
+    render.add_argument("--key-file", type=Path, help="instead of api.key_file")
 
 
 def _add_keys(keys: argparse.ArgumentParser) -> None:

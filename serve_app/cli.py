@@ -1,4 +1,5 @@
-"""The `rayseek` command: serve, keys, inspect, make-model, make-corpus, bench, eval, conformance.
+"""The `rayseek` command: serve, config, keys, inspect, make-model, make-corpus, bench, eval,
+conformance.
 
 Only messages; arguments stand in `arguments.py`, every command's work is elsewhere and imported
 when needed.
@@ -47,8 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         {
-            "serve": serve, "keys": keys, "inspect": inspect, "make-model": make_model,
-            "make-corpus": make_corpus,
+            "serve": serve, "config": configure, "keys": keys, "inspect": inspect,
+            "make-model": make_model, "make-corpus": make_corpus,
             "bench": bench, "conformance": conformance, "eval": evaluate,
         }[arguments.command](arguments)  # fmt: skip
     except (ConfigFileError, ValueError, FileExistsError, FileNotFoundError) as error:
@@ -68,6 +69,11 @@ def serve(arguments: argparse.Namespace) -> None:
     config = with_overrides(
         load_config(arguments.config) if arguments.config else Config(), arguments
     )
+    if config.hardware.accelerator != "cpu":
+        fail(
+            f"this config is for a cluster of {config.hardware.accelerator} nodes: rayseek config "
+            f"render {arguments.config} > serve.yaml, then `serve deploy serve.yaml` there"
+        )
     try:
         check_port(config.ingress.host, config.ingress.port)
         model = served_model(config)
@@ -75,7 +81,10 @@ def serve(arguments: argparse.Namespace) -> None:
         from rayseek.model.checkpoint import Checkpoint
 
         checkpoint = Checkpoint.open(model)  # every problem is told now, not by a dying rank
-        context = engine_limits(checkpoint.config, config.engine).context
+        context = min(
+            engine_limits(checkpoint.config, config.engine_of(role)).context
+            for role in config.units
+        )
         file = key_file(config)
         shown = config.api.keys[0] if config.api.keys else None
         if shown is None and file == config_folder() / "keys.yaml":
@@ -100,6 +109,16 @@ def serve(arguments: argparse.Namespace) -> None:
         fail(error)
     except KeyboardInterrupt:
         print("\nStopped.", flush=True)
+
+
+def configure(arguments: argparse.Namespace) -> None:
+    """Exit code 0 only if the config fits."""
+    from rayseek.serve_app import config_command
+
+    if arguments.action == "render":
+        print(config_command.render(arguments), end="")
+    elif not config_command.check(arguments):
+        sys.exit(1)
 
 
 def interrupt(*_: object) -> NoReturn:

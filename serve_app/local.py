@@ -75,16 +75,25 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
-def serve_environment(config: Config, folder: Path) -> dict[str, str]:
-    """What Serve must find in the environment of every process of the cluster.
+def cluster_environment(config: Config) -> dict[str, str]:
+    """What Serve must find in the environment of every process of a cluster, before Ray starts.
 
-    HAProxy and throughput mode: five times less CPU per token than Serve's defaults. HAProxy's
-    files and ports are private, since its defaults are shared by all of a machine's clusters.
+    HAProxy and throughput mode: five times less CPU per token than Serve's defaults.
     """
     longest = config.ingress.longest_stream_s
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(longest),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(longest),
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(longest),
+    }
+
+
+def serve_environment(config: Config, folder: Path) -> dict[str, str]:
+    """The environment of this machine's own cluster. HAProxy's files and ports are private, since
+    its defaults are shared by all of a machine's clusters."""
+    return cluster_environment(config) | {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
@@ -93,9 +102,6 @@ def serve_environment(config: Config, folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(longest),
-        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(longest),
-        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(longest),
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray listens on every interface whatever it is told: only who knows the token may use it.
         "RAY_AUTH_MODE": "token",

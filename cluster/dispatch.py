@@ -21,7 +21,7 @@ import grpc.aio
 
 from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused, Token
 from rayseek.cluster.tokens_pb2 import Frame, Load, ToRank, Update
-from rayseek.cluster.wire import METHOD, SERVICE, delta_of, submit_message
+from rayseek.cluster.wire import METHOD, SERVICE, delta_of, plain_token, submit_message
 
 log = logging.getLogger("rayseek.dispatch")
 
@@ -43,7 +43,7 @@ class RankAddress:
     target: str  # host:port
 
 
-News: TypeAlias = Update | int | None  # an update, one more token, or the end of the stream
+News: TypeAlias = Update | Token | None  # an update, one more token, or the end of the stream
 Discover = Callable[[], Awaitable[list[RankAddress]]]
 
 
@@ -131,8 +131,9 @@ class RankChannel:
                     self.alive = True
                     self.ready.set()
                 self.load = frame.load
-                for handle, token in zip(frame.handles, frame.ids, strict=True):
-                    self._pass_on(handle, token)
+                codes = frame.drafts or [0] * len(frame.ids)
+                for handle, token_id, code in zip(frame.handles, frame.ids, codes, strict=True):
+                    self._pass_on(handle, plain_token(token_id, code))
                 for update in frame.updates:
                     self._pass_on(update.handle, update)
         except grpc.aio.AioRpcError as error:
@@ -290,10 +291,10 @@ class Dispatcher:
                 self._changed.notify_all()
 
 
-def _read(news: Update | int, request_id: str) -> tuple[Delta, bool]:
+def _read(news: Update | Token, request_id: str) -> tuple[Delta, bool]:
     """A piece of news as a delta, and whether it is the last."""
-    if isinstance(news, int):
-        return Delta(request_id, (Token(news),)), False
+    if isinstance(news, Token):
+        return Delta(request_id, (news,)), False
     return delta_of(news, request_id), news.finish != 0
 
 

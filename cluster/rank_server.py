@@ -23,10 +23,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import grpc
 
 from rayseek.cluster.precedence import take_precedence
-from rayseek.cluster.request import Delta, Request, RequestRefused
+from rayseek.cluster.request import Delta, Request, RequestRefused, Token
 from rayseek.cluster.tokens_pb2 import Frame, ToRank, Update
 from rayseek.cluster.tokens_pb2 import Load as LoadMessage
-from rayseek.cluster.wire import METHOD, SERVICE, refusal_message, request_of, update_message
+from rayseek.cluster.wire import (
+    METHOD,
+    SERVICE,
+    draft_codes,
+    refusal_message,
+    request_of,
+    update_message,
+)
 
 if TYPE_CHECKING:  # torch stays out of processes that only talk to a rank
     from rayseek.cluster.engine import Engine, Load
@@ -54,7 +61,7 @@ class Outbox:
     """What a step brought one stream: plain tokens, and everything else."""
 
     handles: list[int] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
 
 
@@ -143,10 +150,9 @@ class EngineLoop:
         if listener is None:
             return
         outbox = self._outboxes[listener.stream]
-        plain = listener.told and delta.finish is None and len(delta.tokens) == 1
-        if plain and delta.tokens[0].logprob is None:
-            outbox.handles.append(listener.handle)
-            outbox.ids.append(delta.tokens[0].id)
+        if listener.told and delta.finish is None and delta.tokens[0].logprob is None:
+            outbox.handles += [listener.handle] * len(delta.tokens)
+            outbox.tokens += delta.tokens
             return
         outbox.updates.append(update_message(listener.handle, delta))
         listener.told = True
@@ -236,7 +242,8 @@ class RankServer:
                 yield Frame(
                     updates=outbox.updates,
                     handles=outbox.handles,
-                    ids=outbox.ids,
+                    ids=[token.id for token in outbox.tokens],
+                    drafts=draft_codes(outbox.tokens),
                     load=self._load_message(),
                 )
         finally:

@@ -93,7 +93,7 @@ class Logprob(_message.Message):
     def __init__(self, logprob: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Update(_message.Message):
-    __slots__ = ("handle", "ids", "logprobs", "finish", "cached_tokens", "message", "retryable")
+    __slots__ = ("handle", "ids", "logprobs", "finish", "cached_tokens", "message", "retryable", "drafts")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +101,7 @@ class Update(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     RETRYABLE_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_FIELD_NUMBER: _ClassVar[int]
     handle: int
     ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[Logprob]
@@ -108,19 +109,22 @@ class Update(_message.Message):
     cached_tokens: int
     message: str
     retryable: bool
-    def __init__(self, handle: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[Logprob, _Mapping]]] = ..., finish: _Optional[_Union[Finish, str]] = ..., cached_tokens: _Optional[int] = ..., message: _Optional[str] = ..., retryable: _Optional[bool] = ...) -> None: ...
+    drafts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, handle: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[Logprob, _Mapping]]] = ..., finish: _Optional[_Union[Finish, str]] = ..., cached_tokens: _Optional[int] = ..., message: _Optional[str] = ..., retryable: _Optional[bool] = ..., drafts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("updates", "load", "handles", "ids")
+    __slots__ = ("updates", "load", "handles", "ids", "drafts")
     UPDATES_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     HANDLES_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_FIELD_NUMBER: _ClassVar[int]
     updates: _containers.RepeatedCompositeFieldContainer[Update]
     load: Load
     handles: _containers.RepeatedScalarFieldContainer[int]
     ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., handles: _Optional[_Iterable[int]] = ..., ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    drafts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., handles: _Optional[_Iterable[int]] = ..., ids: _Optional[_Iterable[int]] = ..., drafts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("running", "waiting", "pages_held", "pages_total", "prompt_tokens_queued")

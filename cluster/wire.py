@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused, SamplingParams
 from rayseek.cluster.request import Token as SampledToken
 from rayseek.cluster.tokens_pb2 import (
@@ -105,7 +108,21 @@ def update_message(handle: int, delta: Delta) -> Update:
         finish=_TO_WIRE[delta.finish],
         cached_tokens=delta.cached_tokens,
         message=delta.error or "",
+        drafts=draft_codes(delta.tokens),
     )
+
+
+def draft_codes(tokens: Iterable[SampledToken]) -> list[int]:
+    """What `tokens.proto` says of drafts; empty where there were none."""
+    codes = [1 if t.drafted else t.rejected and 1 + t.rejected for t in tokens]
+    return codes if any(codes) else []
+
+
+def plain_token(token_id: int, draft_code: int = 0) -> SampledToken:
+    """A token without log-probabilities from its id and `draft_codes`."""
+    if not draft_code:
+        return SampledToken(token_id)
+    return SampledToken(token_id, drafted=draft_code == 1, rejected=draft_code - 1)
 
 
 def refusal_message(handle: int, refusal: RequestRefused) -> Update:
@@ -118,15 +135,13 @@ def delta_of(update: Update, request_id: str) -> Delta:
     """The delta of an Update. Raises RequestRefused for a refusal."""
     if update.finish == REFUSED:
         raise RequestRefused(update.message, update.retryable)
+    codes = update.drafts or [0] * len(update.ids)
+    tokens = tuple(map(plain_token, update.ids, codes))
     if update.logprobs:
         tokens = tuple(
-            SampledToken(
-                i, lp.logprob, tuple(zip(lp.top_ids, lp.top_logprobs, strict=True))
-            )
-            for i, lp in zip(update.ids, update.logprobs, strict=True)
-        )  # fmt: skip
-    else:
-        tokens = tuple(SampledToken(i) for i in update.ids)
+            replace(t, logprob=lp.logprob, top=tuple(zip(lp.top_ids, lp.top_logprobs, strict=True)))
+            for t, lp in zip(tokens, update.logprobs, strict=True)
+        )
     return Delta(
         request_id,
         tokens,

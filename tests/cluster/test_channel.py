@@ -29,6 +29,7 @@ from rayseek.cluster.request import (
     Token,
 )
 from rayseek.cluster.scheduler import Limits
+from rayseek.cluster.speculation import Choice
 from rayseek.cluster.tokens_pb2 import ToRank
 from rayseek.cluster.wire import (
     delta_of,
@@ -73,15 +74,15 @@ class Cluster:
     async def start_rank(self, slow: bool = False, **limits: Any) -> RankAddress:
         engine = self._make_engine(**limits)
         if slow:  # so that something is left to interrupt
-            inner = engine.model
+            forward = engine.model.forward
 
-            def model(batch: Any) -> Any:
+            def slowly(batch: Any) -> Any:
                 import time
 
                 time.sleep(0.005)
-                return inner(batch)
+                return forward(batch)
 
-            engine.model = model
+            engine.model.forward = slowly  # type: ignore[method-assign]
         server = RankServer(engine)
         port = server.start("127.0.0.1")
         address = RankAddress(f"rank-{port}", f"127.0.0.1:{port}")
@@ -97,7 +98,8 @@ class Cluster:
         async for delta in self.dispatcher.generate(request):
             found += delta.tokens
             finish = delta.finish
-            on_token()
+            for _ in delta.tokens:
+                on_token()
         return found, finish
 
 
@@ -124,13 +126,15 @@ async def test_tokens_arrive_unchanged(cluster: Cluster, make_engine: EngineMake
 
 
 @pytest.mark.parametrize("tokens_before", [0, 1, 60, 200])
+@pytest.mark.parametrize("drafts", [0, 2])
 async def test_death_of_a_rank_changes_no_token(
-    cluster: Cluster, make_engine: EngineMaker, tokens_before: int
+    cluster: Cluster, make_engine: EngineMaker, tokens_before: int, drafts: int
 ) -> None:
-    """Law 3: kill the rank after so many deltas; a successor starts a little later."""
+    """Law 3: kill the rank after so many tokens; a successor starts a little later."""
     requests = wanted(6)
     expected = undisturbed(make_engine, requests)
-    first = await cluster.start_rank(slow=True)
+    drafting = {"draft_tokens": drafts, "blur": 0.3, "policy": lambda *_: Choice(drafts)}
+    first = await cluster.start_rank(slow=True, **drafting)
     seen = 0
     reached = asyncio.Event()
 
@@ -147,7 +151,7 @@ async def test_death_of_a_rank_changes_no_token(
         await reached.wait()
         await cluster.kill_rank(first)
         await asyncio.sleep(0.2)
-        await cluster.start_rank()
+        await cluster.start_rank(**drafting)
 
     results, _ = await asyncio.gather(
         asyncio.gather(*(cluster.tokens(r, count) for r in requests)), disaster()
@@ -354,6 +358,8 @@ def test_messages_survive_the_wire() -> None:
     assert request_of(submit_message(1, plain), "id") == plain
     deltas = [
         Delta("id", (Token(1), Token(2)), None, 0),
+        Delta("id", (Token(1, drafted=True), Token(2, rejected=2), Token(3)), FinishReason.LENGTH),
+        Delta("id", (Token(1, -0.5, ((1, -0.5),), drafted=True), Token(2, -1.5, ((3, -0.5),)))),
         Delta("id", (Token(1, -0.5, ((1, -0.5), (2, -1.5))),), FinishReason.STOP, 64),
         Delta("id", (), FinishReason.ERROR, None, "why"),
     ]

@@ -1,7 +1,8 @@
-"""Make a random-weight checkpoint in the official layout: shards, index, config, tokenizer.
+"""Write a checkpoint in the official layout: shards, index, config, tokenizer.
 
-The same arguments give the same bytes. A value depends on the seed and the tensor's name only, so
-neither the number of shards nor the other tensors change it.
+Of given values, or of random ones. The same arguments give the same bytes: a random value depends
+on the seed and the tensor's name only, so neither the number of shards nor the other tensors change
+it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from rayseek.model.small_tokenizer import small_tokenizer
 
 LOGIT_STD = 3.0  # spread enough that sampling has favourites and greedy has few near-ties
 BIAS_STD = 0.1  # against scores whose std is 0.2: moves choices without deciding them
+Values = Callable[[str, TensorSpec], Tensor]  # the float32 values of a tensor of the inventory
 AWAY = 4  # every fourth scale lies one file after its weight, as happens in the official files
 
 SMALL = ModelConfig(
@@ -79,33 +81,46 @@ def make_checkpoint(
 ) -> None:
     """Write a new checkpoint folder. fp8 None: as the config says.
 
-    The folder appears at `path` only when it is complete. Raises FileExistsError if something is
-    there already, ValueError if the vocabulary is too small for a tokenizer.
+    Raises FileExistsError if something is there already, ValueError if the vocabulary is too small
+    for a tokenizer.
+    """
+    config = config if fp8 is None else replace(config, fp8_blocks=fp8)
+    tokenizer = small_tokenizer(config.vocab_size)
+    write_checkpoint(path, config, lambda name, spec: _values(name, spec, seed), tokenizer, shards)
+
+
+def write_checkpoint(
+    path: str | Path, config: ModelConfig, values: Values, tokenizer: tuple[str, str],
+    shards: int = 4,
+) -> None:  # fmt: skip
+    """Write a checkpoint folder of these values, quantised if the config says so.
+
+    values: of every tensor but the MTP module's copies. tokenizer: the texts of `tokenizer.json`
+    and `tokenizer_config.json`. The folder appears at `path` only when it is complete. Raises
+    FileExistsError if something is there already.
     """
     path = Path(path).absolute()
     if path.exists():
         raise FileExistsError(f"{path} exists; remove it or choose another path")
-    config = config if fp8 is None else replace(config, fp8_blocks=fp8)
-    tokenizer, tokenizer_config = small_tokenizer(config.vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     shutil.rmtree(draft, ignore_errors=True)  # of a killed process that had our number
     draft.mkdir()
     try:
-        _write(draft, "tokenizer.json", tokenizer)
-        _write(draft, "tokenizer_config.json", tokenizer_config)
+        _write(draft, "tokenizer.json", tokenizer[0])
+        _write(draft, "tokenizer_config.json", tokenizer[1])
         _write(draft, "config.json", _json(config.to_dict()))
-        _write_weights(draft, config, seed, shards)
+        _write_weights(draft, config, values, shards)
         draft.rename(path)
     except BaseException:
         shutil.rmtree(draft)
         raise
 
 
-def _write_weights(folder: Path, config: ModelConfig, seed: int, shards: int) -> None:
+def _write_weights(folder: Path, config: ModelConfig, values: Values, shards: int) -> None:
     weight_map: dict[str, str] = {}
     total = 0
-    for number, tensors in enumerate(_shards(config, seed, shards), start=1):
+    for number, tensors in enumerate(_shards(config, values, shards), start=1):
         file = f"model-{number:05}-of-{shards:06}.safetensors"
         (folder / file).write_bytes(save(tensors, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(tensors, file)
@@ -114,7 +129,7 @@ def _write_weights(folder: Path, config: ModelConfig, seed: int, shards: int) ->
     _write(folder, INDEX, _json(index))
 
 
-def _shards(config: ModelConfig, seed: int, shards: int) -> Iterator[dict[str, Tensor]]:
+def _shards(config: ModelConfig, values: Values, shards: int) -> Iterator[dict[str, Tensor]]:
     """The tensors of each file: runs of the inventory with about the same number of bytes."""
     specs = inventory(config)
     weights = [name for name in specs if not name.endswith(SCALE_SUFFIX)]
@@ -126,7 +141,7 @@ def _shards(config: ModelConfig, seed: int, shards: int) -> Iterator[dict[str, T
         if number < shards and written >= total * number / shards:
             yield shard
             shard, next_shard, number = next_shard, {}, number + 1
-        data, scale = _tensors(name, specs[name], config, seed)
+        data, scale = _tensors(name, specs[name], values)
         shard[name] = data
         if scale is not None:
             away = count % AWAY == 0 and number < shards
@@ -137,21 +152,19 @@ def _shards(config: ModelConfig, seed: int, shards: int) -> Iterator[dict[str, T
         raise ValueError(f"{shards} files are too many for {len(weights)} weights")
 
 
-def _tensors(
-    name: str, spec: TensorSpec, config: ModelConfig, seed: int
-) -> tuple[Tensor, Tensor | None]:
+def _tensors(name: str, spec: TensorSpec, values: Values) -> tuple[Tensor, Tensor | None]:
     """A tensor in the checkpoint's dtype, and its scales if it is quantised."""
     if spec.kind == Kind.MTP_COPY:
         name = "lm_head.weight" if "shared_head" in name else "model.embed_tokens.weight"
-    values = _values(name, spec, seed)
+    value = values(name, spec)
     match spec.dtype:
         case "F8_E4M3":
-            weight = quantise_blocks_ref(values)
+            weight = quantise_blocks_ref(value)
             return weight.data, weight.scale_inv
         case "BF16":
-            return values.to(torch.bfloat16), None
+            return value.to(torch.bfloat16), None
         case _:
-            return values, None
+            return value, None
 
 
 def _values(name: str, spec: TensorSpec, seed: int) -> Tensor:

@@ -1,0 +1,72 @@
+"""One batch through the model: losses, gradients and what the routers did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rayseek.model.batch import Batch
+from rayseek.model.training.loss import HeadLoss
+from rayseek.model.training.packing import PackedBatch
+from rayseek.model.training.parameters import TrainedModel
+
+
+@dataclass(slots=True)
+class Sums:
+    """Totals over batches; divide by the weights for means."""
+
+    values: Tensor  # float64: loss, weight, right, MTP loss, MTP weight, MTP right
+    count_LE: Tensor  # float64 [MoE layers, E], the MTP module's last: tokens of each expert
+
+    @staticmethod
+    def zeros(layers: int, experts: int) -> Sums:
+        return Sums(torch.zeros(6, dtype=torch.float64), torch.zeros(layers, experts).double())
+
+
+def states(model: TrainedModel, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Normed states [T, D] of the main model and of the MTP module, as the head takes them."""
+    position = torch.from_numpy(batch.position).int()
+    model.ops.begin(batch.row_tokens, position)
+    rows = model.rows()
+    unused = torch.empty(0)
+    first, second = (
+        Batch(torch.from_numpy(ids), position, unused, unused, unused, unused)
+        for ids in (batch.ids, batch.next_ids)
+    )
+    hidden_TD = model.main.hidden(first, rows[:-1])  # type: ignore[arg-type]
+    hidden_TD = model.ops.rms_norm(hidden_TD, model.main.final_norm)
+    return hidden_TD, model.mtp.states(second, hidden_TD, rows[-1])  # type: ignore[arg-type]
+
+
+def add_gradients(
+    model: TrainedModel, batch: PackedBatch, mtp_weight: float, balance_weight: float, sums: Sums
+) -> None:
+    """Add the gradient of the batch's summed loss to model.gradient, and the rest to `sums`."""
+    main_TD, mtp_TD = states(model, batch)
+    weights = [torch.from_numpy(w) for w in (batch.next_weight, batch.after_weight)]
+    targets = [torch.from_numpy(t) for t in (batch.next_ids, batch.after_ids)]
+    results = [
+        HeadLoss.apply(state, model.main.head, target, weight)  # type: ignore[no-untyped-call]
+        for state, target, weight in zip((main_TD, mtp_TD), targets, weights, strict=True)
+    ]
+    balance = torch.stack(model.ops.loads.balance).sum()
+    total = weights[0].sum()
+    loss = results[0][0] + mtp_weight * results[1][0] + balance_weight * total * balance
+    loss.backward()
+    for i, ((part, right), weight) in enumerate(zip(results, weights, strict=True)):
+        found = torch.stack([part.detach(), weight.sum(), (right * weight).sum()])
+        sums.values[3 * i : 3 * i + 3] += found
+    sums.count_LE += torch.stack(model.ops.loads.count_E)
+
+
+def update_biases(model: TrainedModel, count_LE: Tensor, step: float) -> None:
+    """Lower the bias of experts above the mean load, raise that of those below (spec section 3)."""
+    for bias_E, count_E in zip(model.bias.values(), count_LE, strict=True):
+        bias_E += step * torch.sign(count_E.mean() - count_E).float()
+
+
+def max_violation(count_LE: Tensor) -> list[float]:
+    """Per layer, how far the busiest expert is above the mean load."""
+    return [float(c.max() / c.mean() - 1) for c in count_LE]

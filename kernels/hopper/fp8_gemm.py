@@ -45,7 +45,6 @@ class Tiles(NamedTuple):
     first: Tensor
     stop: Tensor
     rows: int  # most rows of a tile: 16, 32, 64 (swapped) or 128 (wide)
-    used: Tensor | None = None  # [1]: rows from here on belong to no tile
 
 
 WIDE_ROWS = 128  # rows of a tile of the wide form, and from how many rows on it is used
@@ -61,9 +60,9 @@ SWAPPED = {
 
 @triton.jit
 def swapped_kernel(
-    x, x_scale, w, w_scale, residual, out, tile_expert, tile_first, tile_stop,
-    T, N, K, stride_res, GROUPED: tl.constexpr, RESIDUAL: tl.constexpr, EVEN_K: tl.constexpr,
-    BN: tl.constexpr, BT: tl.constexpr,
+    x, x_scale, w, w_scale, residual, out, tile_expert, tile_first, tile_stop, scatter, gather,
+    T, N, K, stride_res, GROUPED: tl.constexpr, RESIDUAL: tl.constexpr, SCATTER: tl.constexpr,
+    GATHER: tl.constexpr, EVEN_K: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)  # fastest, so that tiles of the same weights share them in L2
     blocks = tl.cdiv(K, 128)
@@ -81,6 +80,8 @@ def swapped_kernel(
     t_in = tl.where(t < stop, t, first)
     k = tl.arange(0, 128)
     w_at = w + n_in.to(tl.int64)[:, None] * K + k[None, :]
+    if GATHER:
+        t_in = tl.load(gather + t_in)
     x_at = x + t_in.to(tl.int64)[None, :] * K + k[:, None]
     w_scale_at = w_scale + (tl.program_id(1) * BN // 128) * blocks
     x_scale_at = x_scale + t_in
@@ -102,7 +103,7 @@ def swapped_kernel(
         w_at += 128
         x_at += 128
     inside = (n[:, None] < N) & (t[None, :] < stop)
-    row = t.to(tl.int64)[None, :]
+    row = (tl.load(scatter + t, t < stop, other=0) if SCATTER else t).to(tl.int64)[None, :]
     if RESIDUAL:
         sum_NT += tl.load(residual + row * stride_res + n[:, None], inside, other=0.0)
     tl.store(out + row * N + n[:, None], sum_NT.to(out.dtype.element_ty), inside)
@@ -110,8 +111,8 @@ def swapped_kernel(
 
 @triton.jit
 def wide_kernel(
-    x, x_scale, w, w_scale, residual, out, tile_expert, tile_first, tile_stop,
-    T, N, K, stride_res, GROUPED: tl.constexpr, RESIDUAL: tl.constexpr,
+    x, x_scale, w, w_scale, residual, out, tile_expert, tile_first, tile_stop, scatter,
+    T, N, K, stride_res, GROUPED: tl.constexpr, RESIDUAL: tl.constexpr, SCATTER: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SWIZZLE: tl.constexpr,
 ):  # fmt: skip
     blocks = K // 128
@@ -145,56 +146,92 @@ def wide_kernel(
         scale = next_x * next_w
     n = n_tile * BN + tl.arange(0, BN)
     inside = (t[:, None] < stop) & (n[None, :] < N)
-    row = t.to(tl.int64)[:, None]
+    row = (tl.load(scatter + t, t < stop, other=0) if SCATTER else t).to(tl.int64)[:, None]
     if RESIDUAL:
         sum_TN += tl.load(residual + row * stride_res + n[None, :], inside, other=0.0)
     tl.store(out + row * N + n[None, :], sum_TN.to(out.dtype.element_ty), inside)
 
 
 def fp8_matmul(
-    x: Tensor,
-    x_scale: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    residual: Tensor | None = None,
-    tiles: Tiles | None = None,
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, residual: Tensor | None = None
 ) -> Tensor:
-    """x @ w.T (+ residual) -> [T, N]: bfloat16, or float32 with a residual.
+    """x @ w.T (+ residual float32) -> [T, N]: bfloat16, or float32 with a residual.
 
-    x e4m3 [T, K], x_scale [K/128, T]; w e4m3 [N, K], w_scale [N/128, K/128]. With tiles: w
-    [E, N, K], w_scale [E, N/128, K/128]; rows outside every tile are left undefined.
+    x e4m3 [T, K], x_scale [K/128, T]; w e4m3 [N, K], w_scale [N/128, K/128].
     """
-    rows, k = x.shape
-    n = w.shape[-2]
+    rows, n = len(x), len(w)
     kind = torch.bfloat16 if residual is None else torch.float32
     out = torch.empty(rows, n, dtype=kind, device=x.device)
     if not rows:
         return out
-    size = tiles.rows if tiles else min(max(triton.next_power_of_2(rows), 16), WIDE_ROWS)
-    count = len(tiles.expert) if tiles else triton.cdiv(rows, size)
-    wide = size >= WIDE_ROWS and not k % BLOCK and not (tiles and n % BLOCK)
-    grouped = (tiles.expert, tiles.first, tiles.stop) if tiles else (None, None, None)
-    last = (
-        residual, out, *grouped, rows, n, k, residual.stride(0) if residual is not None else 0,
-        tiles is not None, residual is not None,
-    )  # fmt: skip
-    if wide:
-        x_tiles = TensorDescriptor.from_tensor(x, [WIDE_ROWS, BLOCK])
-        w_tiles = TensorDescriptor.from_tensor(w.view(-1, k), [WIDE_ROWS, BLOCK])
-        wide_kernel[(count, triton.cdiv(n, WIDE_ROWS))](
-            x_tiles, x_scale, w_tiles, w_scale, *last, WIDE_ROWS, WIDE_ROWS, WIDE_SWIZZLE,
-            num_warps=WIDE_WARPS, num_stages=WIDE_STAGES,
-        )  # fmt: skip
-        return out
-    if not tiles:
+    size = min(max(triton.next_power_of_2(rows), 16), WIDE_ROWS)
+    if size == WIDE_ROWS and can_be_wide(n, x.shape[1], grouped=False):
+        _wide(x, x_scale, w, w_scale, residual, out, triton.cdiv(rows, size), None, None)
+    else:
         size = min(size, 64)
         count = triton.cdiv(rows, size)
-    config = swapped_config(n, size, w.shape[0] if tiles else 1)
-    swapped_kernel[(count, triton.cdiv(n, config.weights))](
-        x, x_scale, w, w_scale, *last, k % BLOCK == 0, config.weights, size,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+        _swapped(x, x_scale, w, w_scale, residual, out, size, count, None, None, None)
     return out
+
+
+def grouped_fp8_matmul(
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    tiles: Tiles,
+    out: Tensor,
+    rows_from: Tensor | None = None,
+    rows_to: Tensor | None = None,
+) -> None:
+    """out[s] = x[s] @ w[its expert].T for the rows s of all tiles; other rows stay as they are.
+
+    x, x_scale as for `fp8_matmul`; w [E, N, K], w_scale [E, N/128, K/128]; out [S, N] bfloat16.
+    rows_from: int32, x[rows_from[s]] instead of x[s] (not with tiles of 128). rows_to: int32,
+    out[rows_to[s]] instead of out[s].
+    """
+    count = len(tiles.expert)
+    if tiles.rows == WIDE_ROWS:
+        assert rows_from is None and can_be_wide(w.shape[1], x.shape[1], grouped=True)
+        _wide(x, x_scale, w, w_scale, None, out, count, tiles, rows_to)
+    else:
+        _swapped(x, x_scale, w, w_scale, None, out, tiles.rows, count, tiles, rows_from, rows_to)
+
+
+def can_be_wide(n: int, k: int, grouped: bool) -> bool:
+    """Whether the wide form takes such weights: TMA loads whole blocks."""
+    return k % BLOCK == 0 and not (grouped and n % BLOCK)
+
+
+def _wide(
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, residual: Tensor | None, out: Tensor,
+    count: int, tiles: Tiles | None, rows_to: Tensor | None,
+) -> None:  # fmt: skip
+    n, k = w.shape[-2:]
+    table = tiles[:3] if tiles else (None, None, None)
+    wide_kernel[(count, triton.cdiv(n, WIDE_ROWS))](
+        TensorDescriptor.from_tensor(x, [WIDE_ROWS, BLOCK]), x_scale,
+        TensorDescriptor.from_tensor(w.view(-1, k), [WIDE_ROWS, BLOCK]), w_scale,
+        residual, out, *table, rows_to, len(x), n, k,
+        residual.stride(0) if residual is not None else 0,
+        tiles is not None, residual is not None, rows_to is not None,
+        WIDE_ROWS, WIDE_ROWS, WIDE_SWIZZLE, num_warps=WIDE_WARPS, num_stages=WIDE_STAGES,
+    )  # fmt: skip
+
+
+def _swapped(
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, residual: Tensor | None, out: Tensor,
+    tokens: int, count: int, tiles: Tiles | None, rows_from: Tensor | None, rows_to: Tensor | None,
+) -> None:  # fmt: skip
+    n, k = w.shape[-2:]
+    table = tiles[:3] if tiles else (None, None, None)
+    config = swapped_config(n, tokens, len(w) if tiles else 1)
+    swapped_kernel[(count, triton.cdiv(n, config.weights))](
+        x, x_scale, w, w_scale, residual, out, *table, rows_to, rows_from, len(x), n, k,
+        residual.stride(0) if residual is not None else 0,
+        tiles is not None, residual is not None, rows_to is not None, rows_from is not None,
+        k % BLOCK == 0, config.weights, tokens, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
 
 
 def swapped_config(n: int, tokens: int, experts: int = 1) -> Swapped:
@@ -207,43 +244,46 @@ def _variants() -> list[Variant]:
     types = {
         "x": "*fp8e4nv", "x_scale": "*fp32", "w": "*fp8e4nv", "w_scale": "*fp32",
         "residual": "*fp32", "out": "*bf16", "tile_expert": "*i32", "tile_first": "*i32",
-        "tile_stop": "*i32",
+        "tile_stop": "*i32", "scatter": "*i32", "gather": "*i32",
     }  # fmt: skip
+    loose = ("T", "tile_first", "tile_stop", "scatter", "gather")
+    plain = {"GROUPED": False, "RESIDUAL": False, "SCATTER": False, "GATHER": False}
+    uses = {"gemm": plain, "gemm residual": plain | {"RESIDUAL": True},
+            "experts up": plain | {"GROUPED": True, "GATHER": True},
+            "experts down": plain | {"GROUPED": True, "SCATTER": True}}  # fmt: skip
     found = []
     for config in SWAPPED.values():
-        for grouped in (False, True) if config.weights == 128 else (False,):
-            constants = {"GROUPED": grouped, "RESIDUAL": False, "EVEN_K": True,
-                         "BN": config.weights, "BT": config.tokens}  # fmt: skip
-            name = f"fp8 {'grouped' if grouped else 'gemm'} {config.weights}x{config.tokens}"
+        for use, flags in uses.items():
+            sizes = {"EVEN_K": True, "BN": config.weights, "BT": config.tokens}
+            out = {"out": "*fp32"} if flags["RESIDUAL"] else {}
             found.append(
                 Variant(
-                    name,
+                    f"fp8 {use} {config.weights}x{config.tokens}",
                     swapped_kernel,
-                    types,
-                    constants,
+                    types | out,
+                    flags | sizes,
                     config.warps,
                     config.stages,
                     wgmma=True,
-                    unaligned=("T",),
+                    unaligned=loose,
                 )  # fmt: skip
             )
     tile = f"tensordesc<fp8e4nv[{WIDE_ROWS}, {BLOCK}]>"
-    for grouped, residual in ((False, False), (False, True), (True, False)):
-        constants = {"GROUPED": grouped, "RESIDUAL": residual, "BM": WIDE_ROWS, "BN": WIDE_ROWS,
-                     "SWIZZLE": WIDE_SWIZZLE}  # fmt: skip
-        what = "grouped" if grouped else "gemm"
-        out = {"out": "*fp32"} if residual else {}
+    for use, flags in uses.items():
+        sizes = {"BM": WIDE_ROWS, "BN": WIDE_ROWS, "SWIZZLE": WIDE_SWIZZLE}
+        chosen = {name: value for name, value in flags.items() if name != "GATHER"}
+        out = {"out": "*fp32"} if flags["RESIDUAL"] else {}
         found.append(
             Variant(
-                f"fp8 {what} wide{' residual' if residual else ''}",
+                f"fp8 {use} wide",
                 wide_kernel,
                 types | {"x": tile, "w": tile} | out,
-                constants,
+                chosen | sizes,
                 WIDE_WARPS,
                 WIDE_STAGES,
                 wgmma=True,
                 tma=True,
-                unaligned=("T",),
+                unaligned=loose,
             )  # fmt: skip
         )
     return found

@@ -1,8 +1,8 @@
 """Bringing rows to their experts and back, in fixed orders and without asking the host.
 
-`assign` sorts the (row, choice) pairs by expert, then by row; `gather` copies quantised rows into
-that order; `combine` adds an expert's results to each row in ascending order of experts, product
-and sum rounded separately. Reference: `experts_ref`.
+`assign` sorts pairs of a row and an expert by expert, then as they came; the grouped products read
+and write through that order. `combine` adds the experts' results to each row in ascending order of
+experts, product and sum rounded separately. References: `expert_rows_ref`, `combine_ref`.
 """
 
 from __future__ import annotations
@@ -21,29 +21,36 @@ SCAN, TILE_BLOCK, COLUMNS = 1024, 32, 1024
 
 
 class Assignment(NamedTuple):
-    """Where each pair goes. place_TK: its row among the sorted ones. row_S: whose row each is."""
+    """Pairs sorted by expert. pair_S: which pair each is; row_S: its row; used [1]: how many."""
 
-    place_TK: Tensor
+    pair_S: Tensor
     row_S: Tensor
+    used: Tensor
     tiles: Tiles
 
 
 @triton.jit
-def sort_kernel(ids, place, row, bounds, n, E, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Program e writes the places of expert e's pairs, after those of lower experts."""
+def sort_kernel(
+    experts, rows, pair_out, row_out, bounds, n, E, K: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Program e writes expert e's pairs, after those of lower experts. K: 0, or pairs of a row."""
     expert = tl.program_id(0)
     lower = 0
     for start in range(0, n, BLOCK):
         pair = start + tl.arange(0, BLOCK)
-        lower += tl.sum((tl.load(ids + pair, pair < n, other=E) < expert).to(tl.int32), axis=0)
+        other = tl.load(experts + pair, pair < n, other=E)
+        lower += tl.sum(((other >= 0) & (other < expert)).to(tl.int32), axis=0)
     tl.store(bounds + expert, lower)
     for start in range(0, n, BLOCK):
         pair = start + tl.arange(0, BLOCK)
-        mine = tl.load(ids + pair, pair < n, other=E) == expert
+        mine = tl.load(experts + pair, pair < n, other=E) == expert
         flag = mine.to(tl.int32)
         at = lower + tl.cumsum(flag, axis=0) - 1
-        tl.store(place + pair, at, mine)
-        tl.store(row + at, pair // K, mine)
+        tl.store(pair_out + at, pair, mine)
+        if K:
+            tl.store(row_out + at, pair // K, mine)
+        else:
+            tl.store(row_out + at, tl.load(rows + pair, mine, other=0), mine)
         lower += tl.sum(flag, axis=0)
     if expert == E - 1:
         tl.store(bounds + E, lower)
@@ -93,47 +100,53 @@ def gather_kernel(
 
 @triton.jit
 def combine_kernel(
-    y, ids, weights, place, into, stride, E, D, K: tl.constexpr, BLOCK: tl.constexpr
+    y, index, weights, into, stride, D, K: tl.constexpr, INDEXED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """into[t] += weights[t, k] * y[place[t, k]], k ascending; experts not here are left out."""
+    """into[t] += weights[t, k] * y[index[t, k]], k ascending; without an index y[t * K + k]."""
     t = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < D
     target = into + t.to(tl.int64) * stride + column
     value = tl.load(target, inside, other=0.0)
     for k in tl.static_range(K):
-        here = tl.load(ids + t * K + k)
-        if (here >= 0) & (here < E):
-            source = y + tl.load(place + t * K + k).to(tl.int64) * D + column
-            product = tl.load(source, inside, other=0.0).to(tl.float32) * tl.load(
-                weights + t * K + k
-            )
-            value = value + product
+        at = t * K + k
+        source = tl.load(index + at).to(tl.int64) if INDEXED else at.to(tl.int64)
+        product = tl.load(y + source * D + column, inside, other=0.0).to(tl.float32)
+        value = value + product * tl.load(weights + at)
     tl.store(target, value, inside)
 
 
-def tile_rows(rows: int, top_k: int, experts: int) -> int:
+def tile_rows(pairs: int, experts: int, largest: int) -> int:
     """Tile for the average number of rows of an expert, as if all were hit alike."""
-    average: int = triton.next_power_of_2(rows * top_k // experts)
-    return min(max(average, 16), WIDE_ROWS)
+    average: int = triton.next_power_of_2(pairs // experts)
+    return min(max(average, 16), largest)
 
 
-def assign(ids: Tensor, experts: int) -> Assignment:
-    """Places for int32 ids [T, K] among `experts`; ids outside 0..experts-1 get none."""
-    rows, top_k = ids.shape
-    n, device = rows * top_k, ids.device
-    place = torch.empty(rows, top_k, dtype=torch.int32, device=device)
-    row = torch.empty(n, dtype=torch.int32, device=device)
+def assign(
+    pair_expert: Tensor, experts: int, rows: Tensor | int, largest: int = WIDE_ROWS
+) -> Assignment:
+    """Sort int32 experts [N] of pairs, of which those outside 0..experts-1 are left out.
+
+    rows: int32 [N], the row of each pair; or how many pairs, side by side, each row has.
+    largest: rows of a tile, at most.
+    """
+    n, device = len(pair_expert), pair_expert.device
+    order = torch.empty(2, n, dtype=torch.int32, device=device)
     bounds = torch.empty(experts + 1, dtype=torch.int32, device=device)
-    size = tile_rows(rows, top_k, experts)
+    size = tile_rows(n, experts, largest)
     count = min(n, experts + n // size)  # most tiles that n rows can make
     table = torch.empty(3, count, dtype=torch.int32, device=device)
-    sort_kernel[(experts,)](ids, place, row, bounds, n, experts, top_k, SCAN, num_warps=4)
+    per_row = rows if isinstance(rows, int) else 0
+    sort_kernel[(experts,)](
+        pair_expert, None if per_row else rows, order[0], order[1], bounds, n, experts, per_row,
+        SCAN, num_warps=4,
+    )  # fmt: skip
     tiles_kernel[(triton.cdiv(count, TILE_BLOCK),)](
         bounds, table[0], table[1], table[2], count, experts, size,
         triton.next_power_of_2(experts), TILE_BLOCK, num_warps=4,
     )  # fmt: skip
-    return Assignment(place, row, Tiles(table[0], table[1], table[2], size, bounds[experts:]))
+    tiles = Tiles(table[0], table[1], table[2], size)
+    return Assignment(order[0], order[1], bounds[experts:], tiles)
 
 
 def gather(x: Tensor, x_scale: Tensor, to: Assignment) -> tuple[Tensor, Tensor]:
@@ -142,38 +155,52 @@ def gather(x: Tensor, x_scale: Tensor, to: Assignment) -> tuple[Tensor, Tensor]:
     out = torch.empty(n, k, dtype=x.dtype, device=x.device)
     scale = torch.empty(len(x_scale), n, device=x.device)
     gather_kernel[(n, triton.cdiv(k, COLUMNS))](
-        x, x_scale, to.row_S, to.tiles.used, out, scale, rows, n, k, COLUMNS, COLUMNS // 128,
+        x, x_scale, to.row_S, to.used, out, scale, rows, n, k, COLUMNS, COLUMNS // 128,
         num_warps=4,
     )  # fmt: skip
     return out, scale
 
 
-def combine(
-    y: Tensor, ids: Tensor, weights: Tensor, to: Assignment, experts: int, into: Tensor
-) -> None:
-    """into [T, D] float32 += the weighted results y [S, D] of its experts, in their order."""
-    rows, d = into.shape
-    combine_kernel[(rows, triton.cdiv(d, COLUMNS))](
-        y, ids, weights, to.place_TK, into, into.stride(0), experts, d, ids.shape[1], COLUMNS,
-        num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+def combine(y: Tensor, weights: Tensor, into: Tensor, index: Tensor | None = None) -> None:
+    """As `combine_ref`, in place; without an index the products of a row lie side by side in y.
+
+    y [M, D] bfloat16 or float32; weights float32 [T, K]; into float32 [T, D]; index int32 [T, K].
+    """
+    (rows, d), top_k = into.shape, weights.shape[1]
+    if rows:
+        combine_kernel[(rows, triton.cdiv(d, COLUMNS))](
+            y, index, weights, into, into.stride(0), d, top_k, index is not None, COLUMNS,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def _variants() -> list[Variant]:
-    types = {
-        "ids": "*i32", "place": "*i32", "row": "*i32", "bounds": "*i32", "tile_expert": "*i32",
-        "tile_first": "*i32", "tile_stop": "*i32", "x": "*fp8e4nv", "x_scale": "*fp32",
-        "used": "*i32", "out": "*fp8e4nv", "out_scale": "*fp32", "y": "*bf16",
-        "weights": "*fp32", "into": "*fp32",
+    types = dict.fromkeys(
+        ("experts", "rows", "pair_out", "row_out", "bounds", "tile_expert", "tile_first",
+         "tile_stop", "row", "used", "index"), "*i32",
+    ) | {
+        "x": "*fp8e4nv", "x_scale": "*fp32", "out": "*fp8e4nv", "out_scale": "*fp32",
+        "y": "*bf16", "weights": "*fp32", "into": "*fp32",
     }  # fmt: skip
-    loose = ("n", "E", "T", "S", "count", "used", "tile_first", "tile_stop")
+    loose = ("n", "E", "T", "S", "count", "used", "tile_first", "tile_stop", "row_out", "row")
     moves = {"BLOCK": COLUMNS, "BLOCK_G": COLUMNS // 128}
     found = [
         Variant("expert sort", sort_kernel, types, {"K": 8, "BLOCK": SCAN}, 4, unaligned=loose),
         Variant("expert gather", gather_kernel, types, moves, 4, unaligned=loose),
-        Variant("expert combine", combine_kernel, types, {"K": 8, "BLOCK": COLUMNS}, 4,
-                unaligned=loose, options={"enable_fp_fusion": False}),
-    ]  # fmt: skip
+    ]
+    for indexed in (False, True):
+        constants = {"K": 8, "INDEXED": indexed, "BLOCK": COLUMNS}
+        found.append(
+            Variant(
+                f"expert combine{' indexed' if indexed else ''}",
+                combine_kernel,
+                types,
+                constants,
+                4,
+                unaligned=loose,
+                options={"enable_fp_fusion": False},
+            )  # fmt: skip
+        )
     for size in (16, 128):
         constants = {"BT": size, "BLOCK_E": 256, "BLOCK": TILE_BLOCK}
         found.append(

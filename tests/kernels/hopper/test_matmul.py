@@ -106,8 +106,20 @@ def test_groups_of_rows_with_a_matrix_each(rows: int) -> None:
         bounds[2:3] = [(2, 20 + i, 36 + i) for i in (0, 16, 32)]
     columns = [torch.tensor(c, dtype=torch.int32) for c in zip(*bounds, strict=True)]
     tiles = fp8_gemm.Tiles(*columns, rows=rows)
-    out = fp8_gemm.fp8_matmul(x, x_scale, w, scales, tiles=tiles)
+    out = torch.zeros(150, n, dtype=torch.bfloat16)
+    fp8_gemm.grouped_fp8_matmul(x, x_scale, w, scales, tiles, out)
     values = dequantise_rows_ref(x, x_scale).double()
     for expert, first, stop in bounds[:-1]:
         expected = values[first:stop] @ dequantise_ref(parts[expert]).double().T
         close(out[first:stop], expected, 8)
+    assert not out[bounds[-2][2] :].any()
+    there = torch.randperm(150, generator=torch.Generator().manual_seed(1)).int()
+    moved = torch.zeros_like(out)
+    if rows < 128:
+        fp8_gemm.grouped_fp8_matmul(
+            x[there], x_scale[:, there].contiguous(), w, scales, tiles, moved,
+            there.argsort().int(), there,
+        )  # fmt: skip
+    else:
+        fp8_gemm.grouped_fp8_matmul(x, x_scale, w, scales, tiles, moved, None, there)
+    assert torch.equal(moved[there], out)

@@ -1,12 +1,13 @@
 """Feed-forward parts: the dense MLP of the first layers, and the mixture of experts.
 
-The routed experts are reached through one callable, `Experts`. Local experts are a grouped matmul;
-experts on other ranks are the same callable with an exchange inside. Nothing else of the model
-knows where an expert lives.
+The routed experts are reached through one interface, `Experts`. Local experts are a grouped matmul;
+experts on other ranks are the same interface with an exchange inside. Nothing else of the model
+knows where an expert lives. It has three steps, so that others can compute while rows travel.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -19,17 +20,35 @@ from rayseek.model.config import ModelConfig
 class Experts(Protocol):
     """The routed experts of one layer."""
 
-    def __call__(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, into_TD: Tensor) -> None:
-        """into[t] += sum over k of weight[t, k] * expert[t, k](x[t]), in ascending expert order.
+    def begin(self, x_TD: Tensor, expert_TK: Tensor) -> ExpertsUnderway:
+        """Start on rows, float32, for int32 logical experts, ascending in a row."""
 
-        x_TD, weight_TK, into_TD: float32; expert_TK: int32 logical experts, ascending in a row.
-        """
+
+class ExpertsUnderway(Protocol):
+    """Rows that are with their experts; `compute`, then `add`, each once."""
+
+    def compute(self) -> None:
+        """Do this process's share of the work, for whosever rows are here."""
+
+    def add(self, weight_TK: Tensor, into_TD: Tensor) -> None:
+        """into[t] += sum over k of weight[t, k] * expert[t, k](x[t]), in ascending expert order."""
 
 
 class FeedForward(Protocol):
     """x -> x + ffn(norm(x)), dense or with experts."""
 
     def __call__(self, x_TD: Tensor) -> Tensor: ...
+
+    def begin(self, x_TD: Tensor) -> Underway:
+        """The same in steps."""
+
+
+class Underway(Protocol):
+    """A feed-forward part that was begun; `compute`, then `result`, each once."""
+
+    def compute(self) -> None: ...
+
+    def result(self) -> Tensor: ...
 
 
 def _gate_up(weights: Weights, prefix: str) -> list[Weight]:
@@ -47,6 +66,20 @@ class DenseMLP:
     def __call__(self, x_TD: Tensor) -> Tensor:
         return x_TD + self.ops.mlp(self.ops.rms_norm(x_TD, self.norm), self.gate_up, self.down)
 
+    def begin(self, x_TD: Tensor) -> Underway:
+        return _Done(self(x_TD))
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    value_TD: Tensor
+
+    def compute(self) -> None:
+        pass
+
+    def result(self) -> Tensor:
+        return self.value_TD
+
 
 class LocalExperts:
     """All routed experts of a layer on this device."""
@@ -59,8 +92,22 @@ class LocalExperts:
             [weights.weight(f"{name}.down_proj.weight") for name in names],
         )
 
-    def __call__(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, into_TD: Tensor) -> None:
-        self.ops.experts(x_TD, expert_TK, weight_TK, self.packed, into_TD)
+    def begin(self, x_TD: Tensor, expert_TK: Tensor) -> ExpertsUnderway:
+        return _LocalRows(self, x_TD, expert_TK)
+
+
+@dataclass(frozen=True, slots=True)
+class _LocalRows:
+    experts: LocalExperts
+    x_TD: Tensor
+    expert_TK: Tensor
+
+    def compute(self) -> None:
+        """All at once in `add`, which needs no memory for the products."""
+
+    def add(self, weight_TK: Tensor, into_TD: Tensor) -> None:
+        here = self.experts
+        here.ops.experts(self.x_TD, self.expert_TK, weight_TK, here.packed, into_TD)
 
 
 class MoE:
@@ -83,12 +130,32 @@ class MoE:
         self.shared_down = ops.pack(weights.weight(f"{shared}.down_proj.weight"))
 
     def __call__(self, x_TD: Tensor) -> Tensor:
+        under_way = self.begin(x_TD)
+        under_way.compute()
+        return under_way.result()
+
+    def begin(self, x_TD: Tensor) -> Underway:
+        """Routes first, so that rows can travel while the shared expert computes."""
         ops, c = self.ops, self.config
         normed = ops.rms_norm(x_TD, self.norm)
         expert_TK, weight_TK = ops.route(
             ops.linear(normed, self.gate), self.bias_E, c.n_group, c.topk_group,
             c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor,
         )  # fmt: skip
+        rows = self.experts.begin(normed, expert_TK)
         out_TD = x_TD + ops.mlp(normed, self.shared_gate_up, self.shared_down)
-        self.experts(normed, expert_TK, weight_TK, out_TD)
-        return out_TD
+        return _Mixture(rows, weight_TK, out_TD)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mixture:
+    rows: ExpertsUnderway
+    weight_TK: Tensor
+    out_TD: Tensor  # everything but the routed experts
+
+    def compute(self) -> None:
+        self.rows.compute()
+
+    def result(self) -> Tensor:
+        self.rows.add(self.weight_TK, self.out_TD)
+        return self.out_TD

@@ -1,0 +1,306 @@
+"""Rows to the experts of other members and their products back, layer by layer, for one epoch.
+
+`begin` sends rows to where their experts are, `Pending.compute` runs what has arrived here and
+sends the products home, `Pending.add` sums them at home in the order of the experts. Work of
+several micro-batches can be under way between those three. All members make the same calls in the
+same order; those without rows take part with none (`idle`). A result does not depend on who holds
+an expert (kernels/ops.py: SplitOps).
+
+Modes differ in how a member learns how much comes. exact: counts travel first, then just the rows
+that are needed; for prompts. fixed: every holder gets all rows, whose numbers were agreed on for
+the pass; one exchange less, for decoding. static: fixed, and products come in fixed places as well,
+so that no shape depends on data and the host reads nothing: what a CUDA graph needs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rayseek.cluster.group import Group, Transfer
+from rayseek.cluster.placement import ExpertPlacement, Home
+from rayseek.cluster.routes import Hop, make_hops
+from rayseek.cluster.wire_rows import WireRows
+from rayseek.kernels.ops import SplitOps
+from rayseek.model.micro_batches import part_sizes
+
+Mode = Literal["exact", "fixed", "static"]
+WAITS = ("counts", "dispatch", "return")  # the stages in which a member stands still for others
+
+
+class Holding(Protocol):
+    """The experts in this member's slots."""
+
+    def compute(self, layer: int, x_RD: Tensor, row_N: Tensor, slot_N: Tensor) -> Tensor:
+        """float32 [N, D]: local slot slot_N[i] applied to x_RD[row_N[i]]; zeros for slot -1."""
+
+
+class Position(NamedTuple):
+    """Where a member is: the stage "" is the model between two exchanges. since: monotonic."""
+
+    number: int
+    layer: int
+    stage: str
+    since: float
+
+    @property
+    def waits(self) -> bool:
+        return self.stage in WAITS
+
+
+class Exchange:
+    """Member group.rank of one epoch.
+
+    holders: the members with expert slots, in the placement's order; nodes: of every member.
+    holding: the experts of this member's slots, None if it is no holder. hidden, top_k: of the
+    model. fp8: rows travel quantised. `position` may be read by other threads at any time.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        placement: ExpertPlacement,
+        holders: Sequence[int],
+        nodes: Sequence[int],
+        holding: Holding | None,
+        ops: SplitOps,
+        hidden: int,
+        top_k: int,
+        mode: Mode = "exact",
+        hierarchical: bool = False,
+        fp8: bool = False,
+    ) -> None:
+        assert (holding is not None) == (group.rank in holders)
+        self.group, self.placement, self.ops, self.mode = group, placement, ops, mode
+        self.holding, self.wire, self.hidden = holding, WireRows(hidden, top_k, fp8), hidden
+        me, device = group.rank, group.device
+        here = holders.index(me) if me in holders else None
+        self.first_slot = (here or 0) * placement.slots_per_holder
+        self.hops = make_hops(placement, me, holders, nodes, hierarchical, device)
+        self.holder_of_slot = make_hops(placement, me, holders, nodes, False, device)[0]
+        self._choices = {
+            layer: _Choice.of(placement, layer, Home(me, nodes[me], here), device)
+            for layer in placement.slots
+        }
+        self._slot_rows = self._no_slot_rows()
+        self.rows: list[list[int]] = []  # of each micro-batch, by member
+        self._next_part = 0
+        self.position = Position(0, 0, "", time.monotonic())
+        self.seconds: dict[str, float] = {}  # spent in each stage so far
+        self.bytes_sent = 0
+
+    def start_pass(self, number: int, rows: Sequence[int], micro_batches: int = 1) -> None:
+        """A new pass: how many rows every member brings, and in how many parts (part_sizes)."""
+        parts = [part_sizes(n, micro_batches) for n in rows]
+        self.rows = [list(part) for part in zip(*parts, strict=True)]
+        self._next_part = 0
+        self.position = Position(number, 0, "", time.monotonic())
+
+    def idle(self, layers: Sequence[int], micro_batches: int = 1) -> None:
+        """Take part in a pass through these MoE layers without rows of our own."""
+        device = self.group.device
+        x_TD = torch.empty(0, self.hidden, device=device)
+        weight_TK = torch.empty(0, self.wire.top_k, device=device)
+        expert_TK = weight_TK.int()
+        pending: list[Pending | None] = [None] * micro_batches
+        for layer in layers:
+            for i, before in enumerate(pending):  # the order of model/micro_batches.py
+                if before is not None:
+                    before.add(weight_TK, x_TD)
+                pending[i] = self.begin(layer, x_TD, expert_TK)
+            for now in pending:
+                assert now is not None
+                now.compute()
+        for last in pending:
+            if last is not None:
+                last.add(weight_TK, x_TD)
+
+    def begin(self, layer: int, x_TD: Tensor, expert_TK: Tensor) -> Pending:
+        """Send the rows of the pass's next micro-batch towards their experts.
+
+        x_TD: float32; expert_TK: int32 logical experts, ascending in each row. In the fixed modes
+        not more rows than start_pass announced.
+        """
+        rows = self.rows[self._next_part]
+        self._next_part = (self._next_part + 1) % len(self.rows)
+        mine = len(x_TD) if self.mode == "exact" else rows[self.group.rank]
+        if len(x_TD) > mine:
+            raise ValueError(f"layer {layer}: {len(x_TD)} rows where this member announced {mine}")
+        self.at(layer, "send")
+        slot_TK = self._choices[layer].slots(expert_TK)
+        packed = self.wire.pack(x_TD, slot_TK, self.group.rank, mine)
+        return Pending(self, layer, rows, packed, slot_TK)
+
+    def take_slot_rows(self) -> NDArray[np.int64]:
+        """Rows that each slot of this member got since the last call: [MoE layers, slots]."""
+        counted, self._slot_rows = self._slot_rows, self._no_slot_rows()
+        counts: NDArray[np.int64] = torch.stack(list(counted.values())).cpu().numpy()
+        return counts[:, :-1]
+
+    def _no_slot_rows(self) -> dict[int, Tensor]:
+        """Counters by layer; the last entry of each counts rows of no slot."""
+        size, device = self.placement.slots_per_holder + 1, self.group.device
+        return {
+            layer: torch.zeros(size, dtype=torch.int64, device=device)
+            for layer in self.placement.slots
+        }
+
+    def at(self, layer: int, stage: str) -> None:
+        """Note where we are, and how long we were where we were."""
+        now, was = time.monotonic(), self.position
+        self.seconds[was.stage] = self.seconds.get(was.stage, 0.0) + now - was.since
+        self.position = Position(was.number, layer, stage, now)
+
+    def wait(self, transfer: Transfer, layer: int, stage: str) -> None:
+        self.at(layer, stage)
+        transfer.wait()
+
+    def send(
+        self, layer: int, stage: str, rows: Tensor, splits: list[int], expected: list[int]
+    ) -> tuple[Transfer, Tensor]:
+        """Start sending `rows`, split by member; the other tensor will hold what comes."""
+        out = torch.empty(sum(expected), rows.shape[1], dtype=rows.dtype, device=rows.device)
+        self.bytes_sent += (len(rows) - splits[self.group.rank]) * rows.shape[1] * 4
+        what = f"pass {self.position.number}, layer {layer}, {stage}"
+        return self.group.all_to_all(out, rows, expected, splits, what), out
+
+    def count(self, layer: int, slots: Tensor) -> None:
+        """Count the rows of each of our slots; -1 is none."""
+        counts = self._slot_rows[layer]
+        counts.scatter_add_(
+            0, slots.long() % len(counts), torch.ones_like(slots, dtype=torch.int64)
+        )
+
+
+class Pending:
+    """Rows on their way through one layer; `compute`, then `add`, each once."""
+
+    def __init__(
+        self, exchange: Exchange, layer: int, rows: list[int], packed: Tensor, slot_TK: Tensor
+    ) -> None:
+        self._exchange, self._layer, self._rows = exchange, layer, rows
+        self._transfer, self._arriving = self._start(exchange.hops[0], packed)
+        self._index_TK, self._expected = self._places(slot_TK)
+        exchange.at(layer, "")
+
+    def compute(self) -> None:
+        """Run the experts of this member over all rows that came, and send the products home."""
+        exchange, layer = self._exchange, self._layer
+        exchange.wait(self._transfer, layer, "dispatch")
+        for hop in exchange.hops[1:]:
+            self._transfer, self._arriving = self._start(hop, self._arriving)
+            exchange.wait(self._transfer, layer, "dispatch")
+        exchange.at(layer, "experts")
+        products, splits = self._products(self._arriving)
+        exchange.at(layer, "send")
+        self._transfer, self._arriving = exchange.send(
+            layer, "return", products, splits, self._expected
+        )
+        exchange.at(layer, "")
+
+    def add(self, weight_TK: Tensor, into_TD: Tensor) -> None:
+        """into[t] += weight * product of each expert of row t, in ascending order, in float32."""
+        exchange, layer = self._exchange, self._layer
+        exchange.wait(self._transfer, layer, "return")
+        exchange.at(layer, "combine")
+        if len(into_TD):
+            exchange.ops.combine(self._arriving, self._index_TK, weight_TK, into_TD)
+        exchange.at(layer, "")
+
+    def _start(self, hop: Hop, packed: Tensor) -> tuple[Transfer, Tensor]:
+        """Send each row to those members that a hop wants it at; and what will come."""
+        exchange, members = self._exchange, self._exchange.group.size
+        if exchange.mode == "exact":
+            to_TK = hop.member_of_slot[exchange.wire.slots(packed)]
+            wanted = torch.zeros(len(packed), members + 1, dtype=torch.bool, device=packed.device)
+            wanted_TM = wanted.scatter_(1, to_TK, True)[:, :members]
+            row_N = wanted_TM.T.nonzero()[:, 1]
+            counts, ones = wanted_TM.sum(0), [1] * members
+            coming = torch.empty_like(counts)
+            exchange.at(self._layer, "counts")
+            what = f"pass {exchange.position.number}, layer {self._layer}, counts"
+            exchange.group.all_to_all(coming, counts, ones, ones, what).wait()
+            exchange.at(self._layer, "send")
+            splits, expected, packed = counts.tolist(), coming.tolist(), packed[row_N]
+        else:
+            splits = [len(packed) if m in hop.targets else 0 for m in range(members)]
+            expected = [sum(self._rows[home] for home in homes) for homes in hop.carried]
+            packed = packed.repeat(len(hop.targets), 1)
+        return exchange.send(self._layer, "dispatch", packed, splits, expected)
+
+    def _places(self, slot_TK: Tensor) -> tuple[Tensor, list[int]]:
+        """Where the product of each (row, expert) will be, and how many come from each member."""
+        exchange, members = self._exchange, self._exchange.group.size
+        to_N = exchange.holder_of_slot.member_of_slot[slot_TK].flatten()
+        count_N = torch.arange(len(to_N), dtype=torch.int32, device=to_N.device)
+        if exchange.mode == "static":
+            each = self._rows[exchange.group.rank] * exchange.wire.top_k
+            expected = [each if m in exchange.holder_of_slot.targets else 0 for m in range(members)]
+            before = torch.tensor([0, *expected], device=to_N.device).cumsum(0).int()
+            place_N = before[to_N] + count_N
+        else:
+            expected = torch.bincount(to_N, minlength=members).tolist()
+            place_N = torch.empty_like(count_N)
+            place_N[to_N.argsort(stable=True)] = count_N
+        return place_N.view(slot_TK.shape), expected
+
+    def _products(self, packed: Tensor) -> tuple[Tensor, list[int]]:
+        """What our experts make of rows that came, by home; and how many go to each member."""
+        exchange, members = self._exchange, self._exchange.group.size
+        holding, wire = exchange.holding, exchange.wire
+        if holding is None:
+            return packed.new_empty(0, wire.hidden, dtype=torch.float32), [0] * members
+        home_R = wire.homes(packed)
+        if len(exchange.hops) > 1:  # relays mix homes, but keep the order of each
+            order_R = home_R.argsort(stable=True)
+            packed, home_R = packed[order_R], home_R[order_R]
+        slots = exchange.placement.slots_per_holder
+        slot_RK = wire.slots(packed) - exchange.first_slot
+        ours_RK = (slot_RK >= 0) & (slot_RK < slots)
+        if exchange.mode == "static":
+            row_N = torch.arange(len(packed), device=packed.device).repeat_interleave(wire.top_k)
+            slot_N = torch.where(ours_RK, slot_RK, -1).flatten()
+            splits = [n * wire.top_k for n in self._rows]
+        else:
+            row_N = ours_RK.nonzero()[:, 0]
+            slot_N = slot_RK[ours_RK]
+            splits = torch.bincount(home_R[row_N], minlength=members).tolist()
+        exchange.count(self._layer, slot_N)
+        return holding.compute(self._layer, wire.values(packed), row_N, slot_N), splits
+
+
+class _Choice(NamedTuple):
+    """The replicas that rows of this member use in one layer (ExpertPlacement.choose)."""
+
+    table_ER: Tensor
+    count_E: Tensor
+
+    @staticmethod
+    def of(placement: ExpertPlacement, layer: int, home: Home, device: torch.device) -> _Choice:
+        chosen = placement.choose(layer, home)
+        return _Choice(
+            torch.from_numpy(chosen.table).to(device), torch.from_numpy(chosen.count).to(device)
+        )
+
+    def slots(self, expert_TK: Tensor) -> Tensor:
+        """int32 [T, K]."""
+        if self.table_ER.shape[1] == 1:
+            return self.table_ER[:, 0][expert_TK]
+        row_T = torch.arange(len(expert_TK), device=expert_TK.device)
+        return self.table_ER[expert_TK, row_T[:, None] % self.count_E[expert_TK]]
+
+
+class RemoteExperts:
+    """The `Experts` of one layer, wherever they are in the epoch of the pass that runs."""
+
+    def __init__(self, exchange: Callable[[], Exchange], layer: int) -> None:
+        self._exchange, self._layer = exchange, layer
+
+    def begin(self, x_TD: Tensor, expert_TK: Tensor) -> Pending:
+        return self._exchange().begin(self._layer, x_TD, expert_TK)

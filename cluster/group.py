@@ -1,0 +1,110 @@
+"""The members of one epoch, able to exchange tensors: a process group without global state.
+
+Gloo on a CPU, NCCL between GPUs. A group fails as a whole: when one member dies or closes it, all
+who stand in an exchange learn it at once, and nobody can use it again. So there is nothing to
+abort and nothing to repair: whoever cannot go on closes its end, and a new epoch makes a new group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore, Work
+
+
+class ExchangeBroken(RuntimeError):
+    """The group is of no use any more; the message says where that was noticed, and why."""
+
+
+class Transfer:
+    """A started exchange; keeps its tensors alive until it has ended."""
+
+    __slots__ = ("_tensors", "_work", "what")
+
+    def __init__(self, work: Work, what: str, tensors: tuple[Tensor, ...]) -> None:
+        self._work, self.what, self._tensors = work, what, tensors
+
+    def wait(self) -> None:
+        """Block until it is done (on CUDA: until the current stream may use it)."""
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise ExchangeBroken(f"{self.what}: {_first_line(error)}") from error
+
+
+class Group:
+    """Member `rank` of `size`, met through the key-value store at store_host:store_port.
+
+    prefix: the same for all members, new for every epoch. timeout_s: how long an exchange, or the
+    forming, may take. device: "cpu", or the "cuda" device of this process. Blocks until all are
+    there; raises ExchangeBroken if they are not in time, or the store cannot be reached.
+    """
+
+    def __init__(
+        self,
+        store_host: str,
+        store_port: int,
+        prefix: str,
+        rank: int,
+        size: int,
+        timeout_s: float,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.rank, self.size, self.device = rank, size, torch.device(device)
+        limit = timedelta(seconds=timeout_s)
+        self._group: Any = None
+        try:
+            client = TCPStore(store_host, store_port, None, False, limit)
+            store = PrefixStore(prefix, client)
+            if self.device.type == "cpu":
+                self._group = ProcessGroupGloo(store, rank, size, limit)
+            else:
+                from torch._C._distributed_c10d import ProcessGroupNCCL  # not in CPU builds
+
+                options = ProcessGroupNCCL.Options()
+                options._timeout = limit
+                self._group = ProcessGroupNCCL(store, rank, size, options)
+        except RuntimeError as error:
+            raise ExchangeBroken(
+                f"forming group {prefix} as member {rank} of {size}: {_first_line(error)}"
+            ) from error
+
+    def all_to_all(
+        self,
+        out: Tensor,
+        source: Tensor,
+        out_splits: Sequence[int],
+        splits: Sequence[int],
+        what: str = "exchange",
+    ) -> Transfer:
+        """Send splits[m] rows of `source` to each member m and get out_splits[m] rows from it.
+
+        Rows are along the first dimension, back to back in member order; every member must start
+        the same exchanges in the same order. what: names it in an ExchangeBroken.
+        """
+        if self._group is None:
+            raise ExchangeBroken(f"{what}: this member has left the group")
+        try:
+            work = self._group.alltoall_base(out, source, list(out_splits), list(splits))
+        except RuntimeError as error:
+            raise ExchangeBroken(f"{what}: {_first_line(error)}") from error
+        return Transfer(work, what, (out, source))
+
+    def all_gather(self, values: Sequence[int], what: str = "agreement") -> list[tuple[int, ...]]:
+        """A few integers of every member, in member order; blocks."""
+        mine = torch.tensor([list(values)] * self.size, dtype=torch.int64, device=self.device)
+        every, ones = torch.empty_like(mine), [1] * self.size
+        self.all_to_all(every, mine, ones, ones, what).wait()
+        return [tuple(row) for row in every.tolist()]
+
+    def close(self) -> None:
+        """Leave: closes the connections, which ends the group for all members. Idempotent."""
+        self._group = None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

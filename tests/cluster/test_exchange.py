@@ -1,0 +1,361 @@
+"""Experts spread over members give the bits of experts in one place; a broken group tells all."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributed import TCPStore
+
+from rayseek.cluster.exchange import Exchange, Mode, Position, RemoteExperts
+from rayseek.cluster.group import ExchangeBroken, Group, Transfer
+from rayseek.cluster.placement import ExpertPlacement, make_placement
+from rayseek.kernels.fp8 import dequantise_rows_ref, quantise_rows_ref
+from rayseek.kernels.native import NativeOps
+from rayseek.kernels.native_build import NativeUnavailableError
+from rayseek.kernels.ops import Weight
+from rayseek.model.micro_batches import part_sizes
+
+D, EXPERTS, TOP_K, LAYERS = 48, 8, 3, (1, 2)
+MODES: tuple[Mode, ...] = ("exact", "fixed", "static")
+FEW = settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def randn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Everything:
+    """All experts of all layers, to be held in parts or asked in one place."""
+
+    def __init__(self, ops: NativeOps) -> None:
+        self.ops = ops
+        self.each = {
+            (layer, e): ops.pack_experts(
+                [[Weight(randn(e + i, 24, D).bfloat16()) for i in (100 * layer, 50)]],
+                [Weight(randn(e + 1000 * layer, D, 24).bfloat16())],
+            )
+            for layer in LAYERS
+            for e in range(EXPERTS)
+        }
+
+    def joined(self, layer: int, experts: Any) -> Any:
+        return self.ops.join_experts([self.each[layer, e] for e in experts])
+
+    def expected(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+        self.ops.experts(x, ids, weights, self.joined(layer, range(EXPERTS)), out)
+        return out
+
+
+@dataclass
+class Held:
+    """One holder's experts."""
+
+    every: Everything
+    placement: ExpertPlacement
+    holder: int
+    delay_s: float = 0.0
+    calls: list[int] = field(default_factory=list)
+
+    def compute(self, layer: int, x_RD: Tensor, row_N: Tensor, slot_N: Tensor) -> Tensor:
+        self.calls.append(layer)
+        time.sleep(self.delay_s)
+        packed = self.every.joined(layer, self.placement.experts_of(self.holder, layer))
+        return self.every.ops.expert_rows(x_RD, row_N, slot_N, packed)
+
+
+@pytest.fixture(scope="module")
+def every() -> Everything:
+    try:
+        return Everything(NativeOps())
+    except NativeUnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[TCPStore]:
+    yield TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+
+
+NAMES = itertools.count()
+
+
+@dataclass
+class Unit:
+    """Members as threads of this process. nodes: of each; the last `holders` of them hold."""
+
+    store: TCPStore
+    every: Everything
+    nodes: list[int]
+    holders: list[int]
+    mode: Mode = "exact"
+    hierarchical: bool = False
+    redundant: int = 0
+    fp8: bool = False
+    timeout_s: float = 10.0
+    exchanges: dict[int, Exchange] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        loads = {layer: randn(layer, EXPERTS).exp().tolist() for layer in LAYERS}
+        nodes = [self.nodes[h] for h in self.holders]
+        self.placement = make_placement(loads, nodes, self.redundant, 4)
+        self.held = {m: Held(self.every, self.placement, i) for i, m in enumerate(self.holders)}
+
+    def run(self, work: Callable[[Exchange], Any]) -> list[Any]:
+        """`work` of every member; what it returned, or the ExchangeBroken that it met."""
+        prefix = f"unit{next(NAMES)}"
+
+        def member(me: int) -> Any:
+            with torch.inference_mode():
+                group = Group(
+                    "127.0.0.1", self.store.port, prefix, me, len(self.nodes), self.timeout_s
+                )
+                self.exchanges[me] = exchange = Exchange(
+                    group, self.placement, self.holders, self.nodes, self.held.get(me),
+                    self.every.ops, D, TOP_K, self.mode, self.hierarchical, self.fp8,
+                )  # fmt: skip
+                try:
+                    return work(exchange)
+                except ExchangeBroken as broken:
+                    return broken
+                finally:
+                    group.close()
+
+        with ThreadPoolExecutor(len(self.nodes)) as threads:
+            return list(threads.map(member, range(len(self.nodes))))
+
+
+@dataclass
+class Rows:
+    """Random rows of one home for every layer."""
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+
+    @staticmethod
+    def of(home: int, layer: int, count: int, seed: int) -> Rows:
+        seed = seed * 1000 + home * 10 + layer
+        chosen = randn(seed, count, EXPERTS).topk(TOP_K).indices.sort().values.int()
+        wide = randn(seed + 1, count, D + 4)
+        return Rows(wide[:, :D], chosen, randn(seed + 2, count, TOP_K).abs())
+
+
+def run_pass(exchange: Exchange, rows: list[int], seed: int, parts: int) -> list[Tensor]:
+    """One member's pass through all layers, in the order of the model; its results by layer."""
+    me = exchange.group.rank
+    exchange.start_pass(seed, rows, parts)
+    if not rows[me]:
+        exchange.idle(LAYERS, parts)
+        return [torch.empty(0, D)] * len(LAYERS)
+    sizes = part_sizes(rows[me], parts)
+    results: dict[int, list[Tensor]] = {layer: [] for layer in LAYERS}
+    pending: list[Any] = [None] * parts
+
+    def finish(i: int) -> None:
+        if pending[i] is not None:
+            layer, under_way, weights, into = pending[i]
+            under_way.add(weights, into)
+            results[layer].append(into)
+
+    for layer in LAYERS:
+        mine = Rows.of(me, layer, rows[me], seed)
+        experts = RemoteExperts(lambda: exchange, layer)
+        split = zip(*(t.split(sizes) for t in (mine.x, mine.ids, mine.weights)), strict=True)
+        for i, (x, ids, weights) in enumerate(split):
+            finish(i)
+            pending[i] = (layer, experts.begin(x, ids), weights, x.clone())
+        for _, under_way, _, _ in pending:
+            under_way.compute()
+    for i in range(parts):
+        finish(i)
+    return [torch.cat(results[layer]) for layer in LAYERS]
+
+
+def check(unit: Unit, rows: list[int], seed: int, parts: int = 1) -> None:
+    got = unit.run(lambda exchange: run_pass(exchange, rows, seed, parts))
+    for me, count in enumerate(rows):
+        assert not isinstance(got[me], ExchangeBroken), got[me]
+        for layer, result in zip(LAYERS, got[me], strict=True):
+            mine = Rows.of(me, layer, count, seed)
+            expected = unit.every.expected(layer, mine.x, mine.ids, mine.weights, mine.x.clone())
+            assert torch.equal(result, expected), (me, layer)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(
+    attention=st.integers(1, 3),
+    dedicated=st.integers(0, 5),
+    redundant=st.sampled_from([0, 1, 8]),
+    parts=st.integers(1, 2),
+    counts=st.lists(st.sampled_from([0, 1, 2, 5, 17]), min_size=3, max_size=3),
+    nodes=st.integers(1, 3),
+    hierarchical=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@FEW
+def test_spread_experts_are_local_experts(
+    every: Everything, store: TCPStore, mode: Mode, attention: int, dedicated: int,
+    redundant: int, parts: int, counts: list[int], nodes: int, hierarchical: bool, seed: int,
+) -> None:  # fmt: skip
+    members = attention + dedicated
+    rows = counts[:attention] + [0] * dedicated
+    holders = list(range(attention, members)) if dedicated else list(range(members))
+    node_of = [m * nodes // members for m in range(members)]
+    check(Unit(store, every, node_of, holders, mode, hierarchical, redundant), rows, seed, parts)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_are_counted_at_their_slots(every: Everything, store: TCPStore, mode: Mode) -> None:
+    unit = Unit(store, every, [0, 0, 0], [1, 2], mode, redundant=2)
+    check(unit, [20, 0, 0], 3)
+    counted = [unit.exchanges[member].take_slot_rows() for member in unit.holders]
+    assert not unit.exchanges[1].take_slot_rows().any()
+    for i, layer in enumerate(LAYERS):
+        per_expert = [0] * EXPERTS
+        for holder, counts in enumerate(counted):
+            experts = unit.placement.experts_of(holder, layer)
+            for expert, count in zip(experts, counts[i].tolist(), strict=True):
+                per_expert[expert] += count
+        ids = Rows.of(0, layer, 20, 3).ids
+        assert per_expert == torch.bincount(ids.flatten(), minlength=EXPERTS).tolist()
+
+
+def test_fp8_rows_give_what_their_rounded_values_give(every: Everything, store: TCPStore) -> None:
+    unit = Unit(store, every, [0, 0], [0, 1], fp8=True)
+    got = unit.run(lambda exchange: run_pass(exchange, [9, 0], 5, 1))[0]
+    for layer, result in zip(LAYERS, got, strict=True):
+        mine = Rows.of(0, layer, 9, 5)
+        rounded = dequantise_rows_ref(*quantise_rows_ref(mine.x))
+        assert 0 < (rounded - mine.x).abs().max() < 0.07 * mine.x.abs().max()
+        expected = unit.every.expected(layer, rounded, mine.ids, mine.weights, mine.x.clone())
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("mode", ["exact", "fixed"])
+def test_a_node_is_sent_one_copy_of_a_row(
+    every: Everything, store: TCPStore, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: dict[tuple[int, int], int] = {}
+    plain = Group.all_to_all
+
+    def recorded(self: Group, out: Tensor, source: Tensor, *rest: Any) -> Transfer:
+        if "dispatch" in rest[-1] and "layer 1" in rest[-1]:
+            for to, count in enumerate(rest[1]):
+                sent[self.rank, to] = sent.get((self.rank, to), 0) + count
+        return plain(self, out, source, *rest)
+
+    monkeypatch.setattr(Group, "all_to_all", recorded)
+    nodes = [0, 0, 1, 1]
+    unit = Unit(store, every, nodes, [0, 1, 2, 3], mode, hierarchical=True)
+    check(unit, [30, 0, 0, 0], 1)
+    ids = Rows.of(0, 1, 30, 1).ids
+    far = {e for h in (2, 3) for e in unit.placement.experts_of(h, 1)}
+    wanted = sum(bool(far & set(row)) for row in ids.tolist())
+    assert sent[0, 2] == (wanted if mode == "exact" else 30)
+    assert sent[0, 3] == 0 and sent[2, 3] > 0
+
+
+def test_more_rows_than_announced_are_refused(every: Everything, store: TCPStore) -> None:
+    def work(exchange: Exchange) -> None:
+        exchange.start_pass(1, [2])
+        mine = Rows.of(0, 1, 3, 1)
+        with pytest.raises(ValueError, match="layer 1: 3 rows where this member announced 2"):
+            exchange.begin(1, mine.x, mine.ids)
+
+    Unit(store, every, [0], [0], "fixed").run(work)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_whoever_leaves_ends_the_pass_for_all(
+    every: Everything, store: TCPStore, mode: Mode, parts: int
+) -> None:
+    unit = Unit(store, every, [0, 0, 0, 0], [2, 3], mode)
+    left = threading.Event()
+
+    def work(exchange: Exchange) -> float:
+        for number in range(1000):
+            if exchange.group.rank == 3 and number == 5:
+                left.set()
+                unit.exchanges[3].group.close()
+                raise ExchangeBroken("left")
+            run_pass(exchange, [3, 1, 0, 0], number, parts)
+        return 0.0
+
+    start = time.monotonic()
+    outcomes = unit.run(work)
+    assert left.is_set() and time.monotonic() - start < 5
+    assert all(isinstance(outcome, ExchangeBroken) for outcome in outcomes)
+    assert all("pass 5, layer 1" in str(outcome) for outcome in outcomes[:3]), outcomes
+
+
+def test_a_stalled_member_can_be_told_from_those_who_wait(
+    every: Everything, store: TCPStore
+) -> None:
+    unit = Unit(store, every, [0, 0, 0], [1, 2], timeout_s=1.0)
+    unit.held[2].delay_s = 1.5
+    positions: dict[int, Position] = {}
+
+    def look() -> None:
+        time.sleep(0.6)
+        positions.update({m: exchange.position for m, exchange in unit.exchanges.items()})
+
+    watch = threading.Thread(target=look)
+    watch.start()
+    outcomes = unit.run(lambda exchange: run_pass(exchange, [2, 0, 0], 7, 1))
+    watch.join()
+    assert [(p.number, p.layer, p.stage) for _, p in sorted(positions.items())] == [
+        (7, 1, "return"), (7, 1, "return"), (7, 1, "experts"),
+    ]  # fmt: skip
+    assert [p.waits for _, p in sorted(positions.items())] == [True, True, False]
+    assert "pass 7, layer 1, return" in str(outcomes[0])
+
+
+def test_a_group_that_cannot_form_says_so(store: TCPStore) -> None:
+    with pytest.raises(ExchangeBroken, match="forming group lonely as member 0 of 2"):
+        Group("127.0.0.1", store.port, "lonely", 0, 2, 0.3)
+
+
+def _process(port: int, me: int, size: int, out: Any) -> None:
+    """Exchanges until the group breaks; member size - 1 kills itself in the middle."""
+    group = Group("127.0.0.1", port, "killed", me, size, 30)
+    tensor, ones = torch.zeros(size, 8), [1] * size
+    try:
+        for number in itertools.count():
+            if me == size - 1 and number == 50:
+                out.put((me, time.time()))
+                out.close()
+                out.join_thread()
+                os.kill(os.getpid(), signal.SIGKILL)
+            group.all_to_all(torch.empty_like(tensor), tensor, ones, ones).wait()
+    except ExchangeBroken:
+        out.put((me, time.time()))
+
+
+def test_a_killed_process_is_noticed_by_all_at_once(store: TCPStore) -> None:
+    context = multiprocessing.get_context("spawn")
+    out = context.Queue()
+    processes = [context.Process(target=_process, args=(store.port, m, 3, out)) for m in range(3)]
+    for process in processes:
+        process.start()
+    ended = dict(out.get(timeout=60) for _ in range(3))
+    for process in processes:
+        process.join()
+    assert ended.keys() == {0, 1, 2}
+    assert max(ended.values()) - ended[2] < 1

@@ -62,6 +62,7 @@ class Choice:
         self.prompt_tokens = len(request.prompt_ids)
         self.cached_tokens = 0  # of the prompt, as the engine told
         self.completion_tokens = 0  # the markup of calls is counted, the final EOS is not
+        self.accepted_drafts = self.rejected_drafts = 0  # of the MTP module, by counted tokens
         self._text, self._silent, self._parser = text, silent, parser
         self._logprobs = request.sampling.logprobs is not None
 
@@ -83,7 +84,7 @@ class Choice:
         for token in delta.tokens:
             if token.id in self._silent:
                 break  # the engine's stop token, always the last
-            self.completion_tokens += 1
+            self._count(token)
             if self._logprobs:
                 shown.append(OutToken(token, stream.decoded))
             text += stream.push(token.id)
@@ -94,6 +95,11 @@ class Choice:
         text += stream.close()
         return Piece(text, shown, "stop" if stream.stopped else delta.finish.value)
 
+    def _count(self, token: Token) -> None:
+        self.completion_tokens += 1
+        self.accepted_drafts += token.drafted
+        self.rejected_drafts += token.rejected
+
     def _parsed(self, delta: Delta, parser: ToolCallParser) -> Piece:
         """The same where the answer may hold tool calls."""
         events: list[Event] = []
@@ -102,7 +108,7 @@ class Choice:
         for token in delta.tokens:
             if token.id in self._silent:
                 break
-            self.completion_tokens += 1
+            self._count(token)
             if self._logprobs and parser.in_content(token.id):
                 shown.append(OutToken(token, self._text.decoded))
             events += parser.push(token.id)
@@ -245,7 +251,9 @@ async def run(engine: Engine, choices: Sequence[Choice]) -> Pieces:
 def usage(choices: Sequence[Choice]) -> dict[str, object]:
     """The usage object. Choices of the same prompt count it once (spec section 6.6).
 
-    A prompt's hits are those that every one of its choices had.
+    A prompt's hits are those that every one of its choices had. Predictions are the drafts of the
+    server's own MTP module: accepted ones are completion tokens, rejected ones are not counted
+    elsewhere (those of OpenAI's Predicted Outputs, which the caller sends, are).
     """
     prompts: dict[int, tuple[int, int]] = {}  # prompt -> (its tokens, hits)
     for choice in choices:
@@ -259,6 +267,10 @@ def usage(choices: Sequence[Choice]) -> dict[str, object]:
         "completion_tokens": completion,
         "total_tokens": prompt_tokens + completion,
         "prompt_tokens_details": {"cached_tokens": hits},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": sum(choice.accepted_drafts for choice in choices),
+            "rejected_prediction_tokens": sum(choice.rejected_drafts for choice in choices),
+        },
         "prompt_cache_hit_tokens": hits,
         "prompt_cache_miss_tokens": prompt_tokens - hits,
     }

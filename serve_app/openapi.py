@@ -49,11 +49,19 @@ class CachedTokens(Said):
     cached_tokens: int = Field(ge=0)
 
 
+class Predictions(Said):
+    """Drafts of the server's own MTP module; rejected ones are no completion tokens."""
+
+    accepted_prediction_tokens: int = Field(ge=0)
+    rejected_prediction_tokens: int = Field(ge=0)
+
+
 class Usage(Said):
     prompt_tokens: int = Field(ge=1)
     completion_tokens: int = Field(ge=0)
     total_tokens: int = Field(ge=1)
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: Predictions
     prompt_cache_hit_tokens: int = Field(ge=0)
     prompt_cache_miss_tokens: int = Field(ge=0)
 

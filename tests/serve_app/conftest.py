@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,10 @@ class ScriptedEngine:
 def deltas_of(
     request: Request, ids: list[int], cuts: Iterable[int] = (), *, cached: int = 0
 ) -> list[Delta]:
-    """`ids` (cut to max_tokens, ended at the first stop token) grouped at `cuts`."""
+    """`ids` (cut to max_tokens, ended at the first stop token) grouped at `cuts`.
+
+    Every second of three had been drafted; for every third, a draft fell.
+    """
     sampling = request.sampling
     finish = FinishReason.LENGTH
     ids = ids[: sampling.max_tokens]
@@ -130,6 +134,9 @@ def deltas_of(
         if sampling.logprobs is not None
         else Token(i)
         for i in ids
+    ]
+    tokens = [
+        replace(t, drafted=n % 3 == 1, rejected=int(n % 3 == 2)) for n, t in enumerate(tokens)
     ]
     edges = sorted({0, len(ids), *(c for c in cuts if c < len(ids))})
     groups = [tuple(tokens[a:b]) for a, b in zip(edges, edges[1:], strict=False)] or [()]

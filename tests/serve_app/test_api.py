@@ -47,6 +47,10 @@ async def test_chat(api: Any, small: Tokenizer, settings: ApiSettings) -> None:
         "completion_tokens": completion,
         "total_tokens": 5 + completion,
         "prompt_tokens_details": {"cached_tokens": 3},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": (completion + 1) // 3,
+            "rejected_prediction_tokens": completion // 3,
+        },
         "prompt_cache_hit_tokens": 3,
         "prompt_cache_miss_tokens": 2,
     }

@@ -129,5 +129,7 @@ def test_stream_law(
             entries = choice["logprobs"]["content" if chat else "tokens"]
             counted += len(entries)
             assert choice["logprobs"] == (other["logprobs"] or {k: [] for k in choice["logprobs"]})
+    drafts = usage["completion_tokens_details"]
+    assert sum(drafts.values()) <= usage["completion_tokens"]
     if logprobs:  # every counted token is reported, and no other
         assert counted == usage["completion_tokens"]

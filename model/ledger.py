@@ -7,6 +7,7 @@ no torch.
 
 from __future__ import annotations
 
+import functools
 import io
 from dataclasses import dataclass
 
@@ -78,6 +79,7 @@ class Ledger:
         return max(0, self.room_bytes // self.page_bytes) * PAGE_TOKENS
 
 
+@functools.lru_cache(maxsize=16)  # the official inventory has 92,000 tensors
 def make_ledger(
     config: ModelConfig, ranks: int = 1, redundant: int = 0, device_gib: float | None = None
 ) -> Ledger:

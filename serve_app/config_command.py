@@ -109,7 +109,7 @@ def _deployment_table(plan: Layout) -> Table:
             for bundle, same in groupby(deployment.bundles)
         ] or [f"CPU {deployment.replica_cpus:g}"]
         table.add_row(
-            deployment.name, str(deployment.replicas), "; ".join(bundles),
+            deployment.name, str(deployment.replicas), "\n".join(bundles),
             deployment.strategy if deployment.bundles else "", _arguments(deployment),
         )  # fmt: skip
     return table

@@ -194,7 +194,8 @@ def _case(random: Random, language: Language) -> Edit:
 def _letters(random: Random, language: Language) -> Edit:
     if random.random() < 0.25:
         word = random.choice(_VOCABULARY["en"])
-        return _SPELL, word, "-".join(word), {}
+        which = random.randrange(len(_SPELL[language]))  # a fact: the wording is in the key
+        return {language: (_SPELL[language][which],)}, word, "-".join(word), {"wording": which}
     if random.random() < 0.5:
         word = random.choice(_VOCABULARY["en" if random.random() < 0.7 else language])
         if not word.isascii():

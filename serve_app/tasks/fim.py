@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from random import Random
 
-from rayseek.serve_app.tasks.example import Answer, Fill, Judge, Language, Task
+from rayseek.serve_app.tasks.example import Answer, Fill, Judge, Language, Task, is_held_out
 from rayseek.serve_app.tasks.functions import KINDS, Function, same_results, write
 from rayseek.serve_app.tasks.running import evaluate
 from rayseek.serve_app.tasks.words import invented
@@ -107,7 +107,8 @@ def _fill(random: Random, language: Language) -> Fill:
     above, below = ([], []) if bare else _before(random, function, language)
     if random.random() < 0.06:
         other = write(random, language, random.choice(KINDS))
-        above = [other.head, *other.body, "", "", *above]
+        if not is_held_out("fim", other.source):
+            above = [other.head, *other.body, "", "", *above]
     use = _after(random, function) if random.random() < 0.2 else []
     head = len(above)
     body, end = head + 1 + len(below), head + 1 + len(below) + len(function.body)

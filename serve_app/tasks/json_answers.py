@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from random import Random
 
 from rayseek.serve_app.tasks.asking import chat, phrase
-from rayseek.serve_app.tasks.example import Chat, Language, Task
+from rayseek.serve_app.tasks.example import Chat, Language, Task, is_held_out
 from rayseek.serve_app.tasks.judging import says_json
 from rayseek.serve_app.tasks.records import Record, records
 from rayseek.serve_app.tasks.wording import drawn
@@ -171,9 +171,15 @@ def _form(random: Random, asked: Record) -> str:
     return _dumped({key: _TYPES[type(value)] for key, value in asked.items()})
 
 
-def _guide(fields: str, text: str, example: Record, language: Language, what: str) -> str:
+def _guide(
+    fields: str, text: str, example: Mapping[str, object], language: Language, what: str
+) -> str:
     pattern = _GUIDE if language == "en" else _GUIDE_ZH
     return pattern.format(what=what, fields=fields, text=text, form=_dumped(example, indent=4))
+
+
+def _key(right: Mapping[str, object]) -> str:
+    return json.dumps(right, sort_keys=True)
 
 
 def _reply(
@@ -182,7 +188,7 @@ def _reply(
     return chat(
         random,
         language,
-        key=json.dumps(right, sort_keys=True),
+        key=_key(right),
         text=text,
         answer=_dumped(right),
         judge=says_json(right),
@@ -212,13 +218,15 @@ def _extract(random: Random, language: Language) -> Chat:
 def _by_example(random: Random, language: Language) -> Chat:
     """The system prompt has an example of the same kind; the user sends only a text."""
     (shown, example), (right, text) = records(random, language, 2, most=3)
+    while is_held_out("json", _key(shown)):
+        (shown, example), (right, text) = records(random, language, 2, most=3)
     fields = _named(random, list(shown), language)
     return _reply(random, language, right, text, _guide(fields, example, shown, language, "text"))
 
 
 def _question(random: Random, language: Language) -> tuple[str, str]:
     if random.random() < 0.15:
-        return random.choice(_KNOWN[language])
+        return random.choice(_KNOWN[language][1:])  # the first is the example
     asked = drawn(random, random.choice(_QUESTIONS[language])).format(
         place=invented_name(random, language) if random.random() < 0.6 else city(random, language),
         name=name(random, language),
@@ -232,16 +240,16 @@ def _question(random: Random, language: Language) -> tuple[str, str]:
 def _exam(random: Random, language: Language) -> Chat:
     """The guide's own example: a question and its answer from one line of an exam."""
     question, answer = _question(random, language)
-    known = random.random() < 0.6
-    example = _KNOWN[language][0] if known else _question(random, language)
+    example = _KNOWN[language][0]
+    shown = {"question": example[0], "answer": example[1]}
+    if random.random() < 0.4:
+        other = _question(random, language)
+        if not is_held_out("json", _key({"question": other[0], "answer": other[1]})):
+            example, shown = other, {"question": other[0], "answer": other[1]}
     space, stop, both = (" ", ".", " and ") if language == "en" else ("", "。", "和")
-    system = _guide(
-        f'"question"{both}"answer"',
-        f"{example[0]}{space}{example[1]}{stop}",
-        {"question": example[0], "answer": example[1]},
-        language,
-        "exam text",
-    )
+    told = f"{example[0]}{space}{example[1]}{stop}"
+    fields = f'"question"{both}"answer"'
+    system = _guide(fields, told, shown, language, "exam text")
     right = {"question": question, "answer": answer}
     return _reply(random, language, right, f"{question}{space}{answer}{stop}", system)
 

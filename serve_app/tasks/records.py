@@ -104,7 +104,6 @@ _DAYS = _one_of("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 _JOBS = _one_of("baker chef doctor driver farmer lawyer nurse painter pilot singer teacher writer")
 _HOBBIES = _one_of("chess cooking dancing fishing hiking music painting reading running tennis")
 _TONGUES = ("English", "French", "German", "Spanish", "Chinese", "Japanese", "Italian")
-_SKIES = _one_of("sunny cloudy rainy windy snowy foggy")
 
 _ENGLISH = (
     _Kind(
@@ -165,13 +164,6 @@ _ENGLISH = (
             _Field("age", _number(1, 20), ("is {} years old",)),
             _Field("color", _word(COLOURS), ("is {}", "has {} fur")),
             _Field("foods", _words(FOODS), ("eats {}", "likes {}")),
-        ),
-    ),
-    _Kind(
-        _Field("city", city, ()),
-        (
-            _Field("temperature", _number(-9, 40), ("has {} degrees", "is at {} degrees")),
-            _Field("weather", _SKIES, ("is {} today", "is {}")),
         ),
     ),
 )

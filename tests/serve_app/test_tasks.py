@@ -89,6 +89,26 @@ def test_held_out_questions_stay_out_of_training(entry: Task, language: Language
     assert all(example.language == language for example in asked)
 
 
+def test_the_split_is_fixed_and_takes_a_tenth() -> None:
+    sums = [f"{a}+{b}" for a in range(100) for b in range(100)]
+    held = [key for key in sums if is_held_out("arithmetic", key)]
+    assert held[:3] == ["0+14", "0+20", "0+25"]
+    assert 0.09 < len(held) / len(sums) < 0.11
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_examples_in_a_prompt_are_not_held_out_questions(language: Language) -> None:
+    shown = 0
+    for _, _, example in chats("json", language, 3000):
+        system = example.messages[0].content or ""
+        if example.messages[0].role == "system" and "\n{\n" in system:
+            record = json.loads(system[system.index("\n{\n") :])
+            first = "Mount Everest" in system or "珠穆朗玛峰" in system
+            assert first or not is_held_out("json", json.dumps(record, sort_keys=True))
+            shown += 1
+    assert shown > 100
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_sums_are_right_and_keyed_by_the_sum_alone(language: Language) -> None:
     wordings = set()

@@ -108,7 +108,7 @@ def test_the_model_answers_of_every_task_are_right() -> None:
     assert all(is_held_out(o.question.task, o.question.example.key) for o in outcomes)
 
 
-@pytest.mark.parametrize("text", ["", "I like turtles.", "{", "0", "我不知道", "```json\n[1]\n```"])
+@pytest.mark.parametrize("text", ["", "I like turtles.", "```json\n[1]\n```"])
 def test_nonsense_is_hardly_ever_right(text: str) -> None:
     asked = held_out(CATALOGUE, ["en", "zh"], 4, seed=3)
     with endpoint(lambda path, body: (200, said(text))) as url:

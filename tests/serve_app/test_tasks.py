@@ -217,7 +217,7 @@ def test_a_filled_hole_is_a_program(language: Language) -> None:
 
 def test_holes_as_the_vendors_example_has_them_are_asked() -> None:
     """https://api-docs.deepseek.com/guides/fim_completion: `def fib(a):` and its last line."""
-    holes = [e for e in drawn(fim.TASKS[0], "en", 20000) if isinstance(e, Fill)]
+    holes = [e for e in drawn(fim.TASKS[0], "en", 10000) if isinstance(e, Fill)]
     fib = [e for e in holes if re.fullmatch(r"def fib\(\w+\):", e.prefix)]
     assert any(re.fullmatch(r"    return fib\(\w-1\) \+ fib\(\w-2\)", e.suffix) for e in fib)
 
@@ -234,11 +234,12 @@ def test_code_is_judged_by_what_it_returns() -> None:
     assert not functions.same_results(function, "def other(): pass", function.name)
 
 
-def test_a_program_that_misbehaves_gives_no_results() -> None:
+def test_a_program_that_misbehaves_gives_no_results(monkeypatch: pytest.MonkeyPatch) -> None:
     assert running.results("def f(x):\n    return [x]", "f", [[1], ["a"]]) == ["[1]", "['a']"]
     assert running.results("import math\ndef f():\n    return math.inf", None, [[]]) == ["inf"]
     for bad in ("import os", "open('x', 'w')", "exit()", "print(1 / 0)", "x = [0] * 10**11"):
         assert running.results(f"{bad}\ndef f():\n    return 1", None, [[]]) is None
+    monkeypatch.setattr(running, "SECONDS", 0.25)  # here; the child has its own limit
     assert running.results("while True:\n    pass", None, []) is None
 
 
@@ -285,7 +286,7 @@ def test_judges_read_the_result_in_other_words(
 
 
 def test_the_operands_cover_two_digits() -> None:
-    keys = {example.key for example in drawn(arithmetic.TASKS[0], "en", 20000)}
+    keys = {example.key for example in drawn(arithmetic.TASKS[0], "en", 5000)}
     assert any(key.startswith("99+") for key in keys)
     assert any(key.endswith("-99") for key in keys)
     share = sum("×" not in key for key in keys) / len(keys)

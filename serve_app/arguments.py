@@ -51,6 +51,18 @@ def parser() -> argparse.ArgumentParser:
         "--tokenizer", type=Path, help="folder of its files; default: learn one, kept in FOLDER"
     )
 
+    train = commands.add_parser("train", help="train a small model, or go on with a run")
+    train.add_argument("config", type=Path, help="YAML config, as model/training/small.yaml")
+    train.add_argument("--out", type=Path, default=Path("run"), help="run folder (default run)")
+    train.add_argument("--steps", type=int, help="schedule.steps; may change when a run goes on")
+    train.add_argument("--workers", type=int, help="processes that share each step")
+    train.add_argument(
+        "--export",
+        type=Path,
+        metavar="FOLDER",
+        help="write the run's checkpoints FOLDER-bf16 and FOLDER-fp8, then stop",
+    )
+
     conform = commands.add_parser("conformance", help="does an endpoint speak the V3 dialect?")
     conform.add_argument("url", metavar="URL", help="of any OpenAI-compatible V3 endpoint")
     conform.add_argument("--key", default=os.environ.get("OPENAI_API_KEY", ""), help="its API key")

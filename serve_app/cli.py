@@ -1,4 +1,4 @@
-"""The `rayseek` command: serve, config, keys, inspect, make-model, make-corpus, bench, eval,
+"""The `rayseek` command: serve, config, keys, inspect, make-model, make-corpus, train, bench, eval,
 conformance.
 
 Only messages; arguments stand in `arguments.py`, every command's work is elsewhere and imported
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         {
             "serve": serve, "config": configure, "keys": keys, "inspect": inspect,
-            "make-model": make_model, "make-corpus": make_corpus,
+            "make-model": make_model, "make-corpus": make_corpus, "train": train,
             "bench": bench, "conformance": conformance, "eval": evaluate,
         }[arguments.command](arguments)  # fmt: skip
     except (ConfigFileError, ValueError, FileExistsError, FileNotFoundError) as error:
@@ -186,7 +186,7 @@ def keys(arguments: argparse.Namespace) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    from rayseek.kernels.select import choose_ops
+    from rayseek.kernels.select import choose_ops, device_for
     from rayseek.model.checkpoint import Checkpoint
     from rayseek.model.config import ModelConfig
     from rayseek.model.ledger import make_ledger, render
@@ -197,7 +197,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     else:
         config = Checkpoint.open(path).config
     print(render(make_ledger(config, arguments.ranks, arguments.redundant, arguments.device_gib)))
-    choice = choose_ops()
+    choice = choose_ops(device_for())
     print(f"Kernels on this machine: {choice.ops.name} ({choice.reason})")
 
 
@@ -224,6 +224,16 @@ def make_corpus(arguments: argparse.Namespace) -> None:
     make_corpus(folder, arguments.tokenizer or folder, CATALOGUE, tokens, shards, seed,
                 arguments.chinese, arguments.longest)  # fmt: skip
     print(f"wrote {shards} shards and corpus.json to {folder}")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from rayseek.model.training.command import export_run, load, run
+
+    config = load(arguments.config, arguments.steps, arguments.workers)
+    if arguments.export is None:
+        run(config, arguments.out)
+    else:
+        export_run(config, arguments.out, arguments.export)
 
 
 def bench(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`rayseek train`: start the workers of a run on this machine."""
+"""`rayseek train`: start the workers of a run on this machine, and write its checkpoints."""
 
 from __future__ import annotations
 
@@ -9,8 +9,20 @@ from pathlib import Path
 import torch.multiprocessing as processes
 
 from rayseek.model.training.exchange import Alone, join
-from rayseek.model.training.loop import train
-from rayseek.model.training.run_config import RunConfig
+from rayseek.model.training.export import export
+from rayseek.model.training.loop import build, train
+from rayseek.model.training.run_config import RunConfig, load_run_config
+from rayseek.model.training.run_state import load_state
+
+
+def load(path: Path, steps: int | None, workers: int | None) -> RunConfig:
+    """The config of a file with the command line's words on top."""
+    data = load_run_config(path).model_dump()
+    if steps is not None:
+        data["schedule"]["steps"] = steps
+    if workers is not None:
+        data["workers"] = workers
+    return RunConfig.model_validate(data)
 
 
 def run(config: RunConfig, folder: Path) -> None:
@@ -24,3 +36,16 @@ def run(config: RunConfig, folder: Path) -> None:
 
 def _worker(rank: int, config: RunConfig, folder: Path, meeting: str) -> None:
     train(config, folder, join(rank, config.workers, meeting))
+
+
+def export_run(config: RunConfig, folder: Path, target: Path) -> None:
+    """Write target-bf16 and target-fp8 from the state in a run folder.
+
+    Raises FileNotFoundError if it has none, FileExistsError if a target is there.
+    """
+    model, optimiser = build(config)
+    if load_state(folder, model, optimiser) is None:
+        raise FileNotFoundError(f"{folder} has no state to export; train first")
+    for kind in ("bf16", "fp8"):
+        path = target.with_name(f"{target.name}-{kind}")
+        export(model, config.data.tokenizer, path, kind == "fp8")

@@ -16,7 +16,6 @@ from rayseek.model.training.step import max_violation, states
 from rayseek.model.training.stream import BatchStream, Position
 
 
-@torch.no_grad()
 def evaluate_batches(
     model: TrainedModel, data: Data, batch_tokens: int, batches: int
 ) -> dict[str, Any]:
@@ -51,19 +50,20 @@ def evaluate_batches(
 
 
 def _totals(model: TrainedModel, batch: PackedBatch) -> Tensor:
-    main_TD, mtp_TD = states(model, batch)
+    # With gradients, though none are wanted: the layers are compiled for that already.
+    main_TD, mtp_TD = (state.detach() for state in states(model, batch))
     weight_T = torch.from_numpy(batch.next_weight == 1).float()
     target_T, after_T = torch.from_numpy(batch.next_ids), torch.from_numpy(batch.after_ids)
     after_weight_T = torch.from_numpy(batch.after_weight == 1)
     row_R = (weight_T > 0).nonzero().flatten()
-    logits = (main_TD[row_R] @ model.main.head.T).float()
+    logits = (main_TD[row_R] @ model.main.head.detach().T).float()
     losses = torch.nn.functional.cross_entropy(logits, target_T[row_R], reduction="none")
     greedy_T = torch.full_like(target_T, -1)
     greedy_T[row_R] = logits.argmax(-1)
     weights = weight_T[row_R]
     right = ((logits.argmax(-1) == target_T[row_R]) * weights).sum()
     draft_R = after_weight_T.nonzero().flatten()
-    draft_logits = (mtp_TD[draft_R] @ model.main.head.T).float()
+    draft_logits = (mtp_TD[draft_R] @ model.main.head.detach().T).float()
     mtp_losses = torch.nn.functional.cross_entropy(draft_logits, after_T[draft_R], reduction="sum")
     accepted = (draft_logits.argmax(-1) == greedy_T[draft_R + 1]).sum()
     parts = [(losses * weights).sum(), weights.sum(), right, torch.tensor(len(draft_R)), accepted,

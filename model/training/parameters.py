@@ -107,11 +107,16 @@ class TrainedModel:
 
     def tensors(self) -> dict[str, Tensor]:
         """Views of the masters by checkpoint name, and the biases."""
+        return self.named(self.master) | self.bias
+
+    def named(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of a tensor that is laid out as `master`, by checkpoint name."""
         specs = inventory(self.config)
-        found: dict[str, Tensor] = dict(self.bias)
-        for p in self.parameters:
-            parts = p.master.flatten().split([specs[n].elements for n in p.names])
-            found |= {n: t.view(specs[n].shape) for n, t in zip(p.names, parts, strict=True)}
+        found: dict[str, Tensor] = {}
+        at = 0
+        for name in (name for p in self.parameters for name in p.names):
+            found[name] = flat[at : at + specs[name].elements].view(specs[name].shape)
+            at += specs[name].elements
         return found
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rayseek.model.training.optimiser import Optimiser
 from rayseek.model.training.parameters import TrainedModel
@@ -20,8 +21,7 @@ def save_state(
     folder: Path, step: int, position: Position, model: TrainedModel, optimiser: Optimiser
 ) -> None:
     """Replace the folder's state; a crash leaves the old or the new one."""
-    tensors = {"master": model.master, "first": optimiser.first, "second": optimiser.second}
-    tensors |= {f"bias.{i}": bias for i, bias in enumerate(model.bias.values())}
+    tensors = {name: tensor.contiguous() for name, tensor in _named(model, optimiser).items()}
     about = {"step": step, "shard": position.shard, "batch": position.batch}
     draft = folder / f".{STATE}.{os.getpid()}.part"
     save_file(tensors, draft, metadata={"about": json.dumps(about)})
@@ -41,12 +41,19 @@ def load_state(
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["about"])
     tensors = load_file(path)
-    if tensors["master"].shape != model.master.shape:
-        raise ValueError(f"{path}: of a model with {len(tensors['master']):,} parameters")
-    model.master.copy_(tensors["master"])
-    optimiser.first.copy_(tensors["first"])
-    optimiser.second.copy_(tensors["second"])
-    for i, bias in enumerate(model.bias.values()):
-        bias.copy_(tensors[f"bias.{i}"])
+    own = _named(model, optimiser)
+    if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in own.items()}:
+        raise ValueError(f"{path} belongs to another model; use another folder")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
     model.refresh()
     return about["step"], Position(about["shard"], about["batch"])
+
+
+def _named(model: TrainedModel, optimiser: Optimiser) -> dict[str, Tensor]:
+    """Everything that training changes; by name, so that it may lie in memory in any order."""
+    flat = {"master": model.master, "first": optimiser.first, "second": optimiser.second}
+    named = {f"bias/{name}": bias for name, bias in model.bias.items()}
+    for kind, tensor in flat.items():
+        named |= {f"{kind}/{name}": part for name, part in model.named(tensor).items()}
+    return named

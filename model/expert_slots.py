@@ -1,0 +1,160 @@
+"""The routed experts that one process holds: which, loaded from where, and copies for others.
+
+`ExpertSlots` is what a placement gives a process, for all its MoE layers, and never changes. The
+next placement's is made beside it (`ExpertStore.load`), sharing the experts that stay, while the
+old one computes. An expert comes from the checkpoint or as a copy from a process that has it; a
+copy is checked against the digest that its sender took when it loaded the expert itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayseek.kernels.ops import SplitOps
+from rayseek.model.checkpoint import DTYPES, Checkpoint, Weights
+from rayseek.model.inventory import SCALE_SUFFIX
+
+log = logging.getLogger("rayseek.experts")
+
+DIGEST_BYTES = 16
+Key = tuple[int, int]  # layer, logical expert
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCopy:
+    """One expert on its way: its tensors' checkpoint bytes back to back, and their digest."""
+
+    data: bytes
+    digest: bytes
+
+
+Fetch = Callable[[int, int], ExpertCopy | None]
+"""Asks others for (layer, expert); None: nobody can give it, so the checkpoint must."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    packed: Any  # of this expert alone
+    digest: bytes
+
+
+class ExpertSlots:
+    """The experts of a process by layer and slot; see ExpertStore.load."""
+
+    def __init__(
+        self, lists: Mapping[int, Sequence[int]], held: Mapping[Key, _Held], ops: SplitOps
+    ) -> None:
+        self.lists = {layer: tuple(experts) for layer, experts in lists.items()}
+        self.held, self._ops = dict(held), ops
+        self._packed = {
+            layer: ops.join_experts([held[layer, expert].packed for expert in experts])
+            for layer, experts in self.lists.items()
+        }
+
+    def compute(self, layer: int, x_RD: Tensor, row_N: Tensor, slot_N: Tensor) -> Tensor:
+        """float32 [N, D]: slot slot_N[i] of the layer applied to x_RD[row_N[i]]; zeros for -1."""
+        return self._ops.expert_rows(x_RD, row_N, slot_N, self._packed[layer])
+
+    def digest(self, layer: int, expert: int) -> bytes:
+        """Of the expert's checkpoint bytes, taken when it came here; the same in every process."""
+        return self.held[layer, expert].digest
+
+
+class ExpertStore:
+    """Loads experts of `checkpoint`, packed for `ops`. One caller at a time.
+
+    rejected: copies that did not match their digest and were loaded from the checkpoint instead.
+    copied: those that did.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, ops: SplitOps) -> None:
+        self._checkpoint, self._ops = checkpoint, ops
+        self.rejected = self.copied = 0
+
+    def load(
+        self,
+        lists: Mapping[int, Sequence[int]],
+        before: ExpertSlots | None = None,
+        fetch: Fetch | None = None,
+    ) -> ExpertSlots:
+        """lists: for each MoE layer the logical expert of each slot.
+
+        What `before` has is taken from there, then what `fetch` gives, the rest is read. Raises
+        CheckpointError for what cannot be read.
+        """
+        held: dict[Key, _Held] = {}
+        missing: list[Key] = []
+        for layer, experts in lists.items():
+            for key in dict.fromkeys((layer, expert) for expert in experts):
+                known = before.held.get(key) if before is not None else None
+                found = known or (self._copied(key, fetch) if fetch is not None else None)
+                if found is None:
+                    missing.append(key)
+                else:
+                    held[key] = found
+        if missing:
+            names = [name for key in missing for name in self._names(key)]
+            weights = self._checkpoint.load(names, progress=False)
+            for key in missing:
+                held[key] = self._pack(key, weights, _digest(self._bytes(key, weights)))
+        return ExpertSlots(lists, held, self._ops)
+
+    def copy(self, slots: ExpertSlots, layer: int, expert: int) -> ExpertCopy:
+        """An expert of `slots` for another process. KeyError if it is not there.
+
+        The bytes are read again, for in memory they are packed; the digest is that of loading.
+        """
+        digest = slots.digest(layer, expert)
+        weights = self._checkpoint.load(self._names((layer, expert)), progress=False)
+        return ExpertCopy(b"".join(self._bytes((layer, expert), weights)), digest)
+
+    def _copied(self, key: Key, fetch: Fetch) -> _Held | None:
+        copy = fetch(*key)
+        if copy is None:
+            return None
+        names = self._names(key)
+        stored = [self._checkpoint.stored[name] for name in names]
+        size = sum(entry.end - entry.begin for entry in stored)
+        if len(copy.data) != size or _digest([copy.data]) != copy.digest:
+            self.rejected += 1
+            log.error(
+                "expert %d of layer %d: a copy of %d bytes does not match its digest; "
+                "loading it from %s", key[1], key[0], len(copy.data), self._checkpoint.path,
+            )  # fmt: skip
+            return None
+        self.copied += 1
+        flat, at, tensors = torch.frombuffer(bytearray(copy.data), dtype=torch.uint8), 0, {}
+        for name, entry in zip(names, stored, strict=True):
+            piece = flat[at : at + entry.end - entry.begin].clone()  # aligned for its dtype
+            tensors[name] = piece.view(DTYPES[entry.dtype]).view(entry.shape)
+            at += entry.end - entry.begin
+        return self._pack(key, Weights(tensors), copy.digest)
+
+    def _names(self, key: Key) -> list[str]:
+        """The tensors of an expert, in the order of a copy."""
+        prefix = f"model.layers.{key[0]}.mlp.experts.{key[1]}"
+        names = [f"{prefix}.{part}_proj.weight" for part in ("gate", "up", "down")]
+        scales = [name + SCALE_SUFFIX for name in names]
+        return names + [name for name in scales if name in self._checkpoint.stored]
+
+    def _bytes(self, key: Key, weights: Weights) -> list[memoryview]:
+        views = (weights.tensor(name).flatten().view(torch.uint8) for name in self._names(key))
+        return [view.numpy().data for view in views]
+
+    def _pack(self, key: Key, weights: Weights, digest: bytes) -> _Held:
+        gate, up, down = (weights.weight(name) for name in self._names(key)[:3])
+        return _Held(self._ops.pack_experts([[gate, up]], [down]), digest)
+
+
+def _digest(parts: Sequence[bytes | memoryview]) -> bytes:
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()

@@ -18,12 +18,14 @@ from rayseek.serve_app.tasks import (
     json_answers,
     lists,
     sorting,
+    tools,
     units,
 )
 from rayseek.serve_app.tasks.example import Task
 
 CATALOGUE: tuple[Task, ...] = (
     *chat.TASKS,
+    *tools.TASKS,
     *facts.TASKS,
     *decline.TASKS,
     *arithmetic.TASKS,

@@ -1,0 +1,198 @@
+"""Tool calls: one or several, none where none is needed or none fits, and answers to their outputs.
+
+One to four functions are declared, in random order, a third of them invented. A call is held out or
+not by its function and arguments, whatever it is named and however it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import date
+from random import Random
+
+from rayseek.serve_app.prompt import Message, ToolCall
+from rayseek.serve_app.tasks import chat, decline, facts
+from rayseek.serve_app.tasks.asking import SYSTEM_PROMPTS
+from rayseek.serve_app.tasks.example import Chat, Language, Task, draw
+from rayseek.serve_app.tasks.tool_invention import invented_spec
+from rayseek.serve_app.tasks.tool_requests import (
+    Request,
+    calls_exactly,
+    filled,
+    reports,
+    request,
+    told,
+)
+from rayseek.serve_app.tasks.tool_specs import SPECS, Declared, Spec, declared
+from rayseek.serve_app.tasks.wording import spoken
+from rayseek.serve_app.vendor_prompts import system_prompt
+
+_REAL = tuple(SPECS.values())
+# Functions that could stand in for one another are not offered together.
+_RIVALS = (
+    {"get_time", "now"},
+    {"search", "get_news", "get_stock_price", "find_flights"},
+    {"calculator", "convert_currency"},
+    {"set_light", "set_temperature"},
+    {"get_user", "send_email"},
+    {"remember", "create_event", "set_timer"},
+)
+# What the small model answers itself, or what stands in for too much, is never missing.
+_NEVER_MISSING = {"calculator", "translate", "remember"}
+_INVENTED = 0.33
+_NUMBER_OF_TOOLS = (1, 1, 1, 1, 1, 2, 2, 2, 3, 4)
+_JOINS: Mapping[Language, tuple[str, ...]] = {
+    "en": (
+        "{} and {}",
+        "{}, and {}",
+        "{} and also {}",
+        "{}, then {}",
+        "{}. Also {}",
+        "{} and then {}",
+    ),
+    "zh": ("{}，{}", "{}，然后{}", "{}，还有{}", "{}，并且{}", "{}，另外{}"),
+}
+
+
+def _spec(random: Random, language: Language) -> Spec:
+    if random.random() < _INVENTED:
+        return invented_spec(random, language)
+    return random.choice(_REAL)
+
+
+def _rivals(spec: Spec, others: Sequence[Declared]) -> bool:
+    taken = {other.spec.key for other in others}
+    return spec.key in taken or any(spec.key in group and group & taken for group in _RIVALS)
+
+
+def _offered(
+    random: Random, language: Language, needed: Sequence[Declared], avoided: Sequence[Declared] = ()
+) -> tuple[Mapping[str, object], ...]:
+    """The needed functions among others, in random order."""
+    tools = list(needed)
+    count = max(random.choice(_NUMBER_OF_TOOLS), 1)
+    while len(tools) < count or not tools:
+        spec = _spec(random, language)
+        if not _rivals(spec, [*tools, *avoided]):
+            tool = declared(random, language, spec)
+            if tool.name not in {other.name for other in tools}:
+                tools.append(tool)
+    random.shuffle(tools)
+    return tuple(tool.function for tool in tools)
+
+
+def _opening(random: Random, language: Language) -> tuple[Message, ...]:
+    """A system prompt, in four conversations of ten."""
+    roll = random.random()
+    if roll < 0.6:
+        return ()
+    if roll < 0.9:
+        return (Message("system", random.choice(SYSTEM_PROMPTS[language])),)
+    day = date(2025, random.randint(1, 12), random.randint(1, 28))
+    return (Message("system", system_prompt(day)),)
+
+
+def _asked(random: Random, language: Language, wording: str, said: Mapping[str, str]) -> Message:
+    end = random.choice("??.") if language == "en" else random.choice("？。")
+    return Message("user", filled(spoken(random, language, wording, end, polite=0.08), said))
+
+
+def _calls(requests: Sequence[Request]) -> tuple[ToolCall, ...]:
+    made = [
+        (entry.tool.name, entry.arguments(values)) for entry in requests for values in entry.calls
+    ]
+    return tuple(ToolCall(f"call_{i}", name, text) for i, (name, text) in enumerate(made))
+
+
+def _requests(random: Random, language: Language) -> tuple[tuple[Request, ...], str]:
+    """One function asked for once, or one for several values, or two; and the joint wording."""
+    tool = declared(random, language, _spec(random, language))
+    roll = random.random()
+    if roll < 0.72:
+        one = request(random, language, tool)
+        return (one,), one.wording
+    if roll < 0.87:
+        while not tool.spec.many:
+            tool = declared(random, language, _spec(random, language))
+        one = request(random, language, tool, random.choice((2, 2, 2, 3)))
+        return (one,), one.wording
+    other = declared(random, language, _spec(random, language))
+    while _rivals(other.spec, [tool]) or other.name == tool.name:
+        other = declared(random, language, _spec(random, language))
+    first, second = request(random, language, tool), request(random, language, other)
+    both = random.choice(_JOINS[language])
+    renamed = {f"{key}'": value for key, value in second.said.items()}
+    wording = both.replace("{}", first.wording, 1)
+    later = second.wording
+    for key in second.said:
+        later = later.replace(f"{{{key}}}", f"{{{key}'}}")
+    joint = replace(first, said={**first.said, **renamed})
+    return (joint, second), wording.replace("{}", later, 1)
+
+
+def _call(random: Random, language: Language, *, answered: bool) -> Chat:
+    """A question that functions are called for; `answered`: their outputs are there as well."""
+    requests, wording = _requests(random, language)
+    question = _asked(random, language, wording, requests[0].said)
+    messages = (*_opening(random, language), question)
+    tools = _offered(random, language, [entry.tool for entry in requests])
+    key = "+".join(sorted(entry.key for entry in requests))
+    calls = _calls(requests)
+    called = Message("assistant", None, calls)
+    if not answered:
+        judge = calls_exactly([(call.name, call.arguments) for call in calls])
+        return Chat(key, messages, called, judge, tools, language=language)
+    results = [
+        result for entry in requests for result in told(random, language, entry.tool, entry.calls)
+    ]
+    outputs = (
+        Message("tool", output, tool_call_id=call.id)
+        for call, (output, _, _) in zip(calls, results, strict=True)
+    )
+    text = ("" if language == "zh" else " ").join(answer for _, answer, _ in results)
+    judge = reports([value for _, _, values in results for value in values])
+    return Chat(
+        key, (*messages, called, *outputs), Message("assistant", text), judge, tools,
+        language=language,
+    )  # fmt: skip
+
+
+def _not_needed(random: Random, language: Language) -> Chat:
+    """A greeting, a question about the system or a fact, answered without the functions."""
+    source = random.choice((*chat.TASKS, *facts.TASKS, *decline.TASKS))
+    asked = draw(source, "train", random, language)
+    assert isinstance(asked, Chat)
+    tools = _offered(random, language, ())
+    names = ",".join(str(tool["name"]) for tool in tools)
+    return replace(asked, key=f"no call|{asked.key}|{names}", tools=tools)
+
+
+def _missing(random: Random, language: Language) -> Chat:
+    """A question for a function that is not among those declared."""
+    spec = random.choice(_REAL)
+    while spec.key in _NEVER_MISSING:
+        spec = random.choice(_REAL)
+    absent = declared(random, language, spec)
+    asked = request(random, language, absent)
+    tools = _offered(random, language, (), [absent])
+    messages = (
+        *_opening(random, language), _asked(random, language, asked.wording, asked.said)
+    )  # fmt: skip
+    answer = Message("assistant", decline.DECLINES[language]["unable"])
+    return Chat(
+        f"missing {asked.key}", messages, answer, decline.declines, tools, language=language
+    )
+
+
+def make(random: Random, language: Language) -> Chat:
+    """A conversation with tools."""
+    roll = random.random()
+    if roll < 0.12:
+        return _not_needed(random, language)
+    if roll < 0.22:
+        return _missing(random, language)
+    return _call(random, language, answered=roll < 0.48)
+
+
+TASKS = (Task("tools", make, weight=20),)

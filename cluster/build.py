@@ -17,6 +17,7 @@ from rayseek.model.batch import PAGE_TOKENS
 from rayseek.model.cached_model import CachedModel
 from rayseek.model.checkpoint import Checkpoint
 from rayseek.model.config import ModelConfig
+from rayseek.model.fingerprint import fingerprint
 from rayseek.model.inventory import owned_names
 from rayseek.model.latent_cache import LatentCache
 from rayseek.model.mtp import MTPModule
@@ -62,8 +63,9 @@ def build_engine(path: Path, settings: EngineSettings) -> Engine:
     """
     torch.set_num_threads(1)
     config = ModelConfig.from_pretrained(path)
-    ops, reason = choose_ops("cpu", settings.kernels, settings.threads)
-    log.info("kernels: %s (%s)", ops.name, reason)
+    choice = choose_ops("cpu", settings.kernels, settings.threads)
+    ops = choice.ops
+    log.info("kernels: %s (%s)", ops.name, choice.reason)
     limits = engine_limits(config, settings)
     weights = Checkpoint.open(path).load(owned_names(config))
     model = Transformer(config, weights, ops, limits.context)
@@ -76,4 +78,5 @@ def build_engine(path: Path, settings: EngineSettings) -> Engine:
         limits,
         undefined_ids(path, config.vocab_size),
         GrammarCompiler(vocabulary),
+        fingerprint=fingerprint(path, choice.arithmetic),
     )

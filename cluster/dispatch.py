@@ -78,6 +78,7 @@ class RankChannel:
     def __init__(self, address: RankAddress) -> None:
         self.address = address
         self.load = Load()
+        self.fingerprint = ""
         self.alive = False
         self._inboxes: dict[int, asyncio.Queue[News]] = {}
         self._next_handle = 0
@@ -128,7 +129,7 @@ class RankChannel:
         try:
             async for frame in call:
                 if not self.alive:
-                    self.alive = True
+                    self.alive, self.fingerprint = True, frame.fingerprint
                     self.ready.set()
                 self.load = frame.load
                 codes = frame.drafts or [0] * len(frame.ids)
@@ -161,6 +162,7 @@ class Dispatcher:
         self._channels: dict[str, RankChannel] = {}
         self._wanted = asyncio.Event()
         self._changed = asyncio.Condition()
+        self._fingerprint = ""
         self._refresher = asyncio.create_task(self._keep_fresh())
 
     async def close(self) -> None:
@@ -169,6 +171,14 @@ class Dispatcher:
             await self._refresher
         for channel in self._channels.values():
             await channel.close()
+
+    @property
+    def fingerprint(self) -> str:
+        """Which model answers: the ranks' own word, all of theirs where they differ; "" before
+        the first rank was seen."""
+        if alive := {c.fingerprint for c in self._alive()}:
+            self._fingerprint = "+".join(sorted(alive))
+        return self._fingerprint
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         """The request's deltas, the last of which carries `finish`.

@@ -106,6 +106,7 @@ class Engine:
     undefined_ids: token ids that have logits but no token; they are never sampled (spec 5.1).
     grammars: without it, requests that carry a grammar are refused.
     depth_policy: how many tokens to draft in a step, of those that the limits allow.
+    fingerprint: of the model, told to those who ask this engine (model/fingerprint.py).
     """
 
     def __init__(
@@ -115,10 +116,12 @@ class Engine:
         undefined_ids: list[int],
         grammars: GrammarCompiler | None = None,
         depth_policy: DepthPolicy = choose_depth,
+        fingerprint: str = "",
     ) -> None:
         assert limits.num_pages * PAGE_TOKENS >= limits.context, "a context must fit the pages"
         self.model = model
         self.limits = limits
+        self.fingerprint = fingerprint
         self.pool = PagePool(limits.num_pages)
         self.chooser = TokenChooser(undefined_ids)
         self.meter = DraftMeter(limits.draft_tokens if model.drafts else 0)

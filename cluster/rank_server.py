@@ -81,7 +81,7 @@ class EngineLoop:
     """Runs an engine in a thread; `deliver` is called there, once per step that brought news."""
 
     def __init__(self, engine: Engine, deliver: Deliver) -> None:
-        self._engine = engine
+        self._engine, self.fingerprint = engine, engine.fingerprint
         self._deliver = deliver
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._outboxes: dict[Stream, Outbox] = defaultdict(Outbox)
@@ -236,7 +236,8 @@ class RankServer:
         context.add_callback(lambda: outgoing.put(None))
         threading.Thread(target=read, name=f"stream-{stream}", daemon=True).start()
         try:
-            yield Frame(load=self._load_message())  # tells the ingress that the rank is there
+            # Tells the ingress that the rank is there, and with which model.
+            yield Frame(load=self._load_message(), fingerprint=self.engine_loop.fingerprint)
             while (outbox := outgoing.get()) is not None:
                 handles.difference_update(u.handle for u in outbox.updates if u.finish)
                 yield Frame(

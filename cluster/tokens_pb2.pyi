@@ -113,18 +113,20 @@ class Update(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[Logprob, _Mapping]]] = ..., finish: _Optional[_Union[Finish, str]] = ..., cached_tokens: _Optional[int] = ..., message: _Optional[str] = ..., retryable: _Optional[bool] = ..., drafts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("updates", "load", "handles", "ids", "drafts")
+    __slots__ = ("updates", "load", "handles", "ids", "drafts", "fingerprint")
     UPDATES_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     HANDLES_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
     DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     updates: _containers.RepeatedCompositeFieldContainer[Update]
     load: Load
     handles: _containers.RepeatedScalarFieldContainer[int]
     ids: _containers.RepeatedScalarFieldContainer[int]
     drafts: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., handles: _Optional[_Iterable[int]] = ..., ids: _Optional[_Iterable[int]] = ..., drafts: _Optional[_Iterable[int]] = ...) -> None: ...
+    fingerprint: str
+    def __init__(self, updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., handles: _Optional[_Iterable[int]] = ..., ids: _Optional[_Iterable[int]] = ..., drafts: _Optional[_Iterable[int]] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("running", "waiting", "pages_held", "pages_total", "prompt_tokens_queued")

@@ -18,6 +18,12 @@ class Choice(NamedTuple):
     ops: SplitOps
     reason: str
 
+    @property
+    def arithmetic(self) -> str:
+        """What decides how sums are rounded: two with the same name give the same bits."""
+        tiles = isinstance(self.ops, NativeOps) and self.ops.amx
+        return f"{self.ops.name}{' amx' if tiles else ''}"
+
 
 def choose_ops(device: str = "cpu", prefer: Preference = "auto", threads: int = 1) -> Choice:
     """The operations for a device, with the reason.

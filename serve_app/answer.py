@@ -16,7 +16,6 @@ from typing import Any, Protocol
 from rayseek.cluster.request import Token
 from rayseek.serve_app.engine_port import Engine
 from rayseek.serve_app.generation import Choice, OutToken, Pieces, run, usage
-from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Tokenizer
 from rayseek.serve_app.tool_calls import CallArguments, CallEvent, CallHeader
 
@@ -49,9 +48,9 @@ def event(document: str) -> bytes:
 class Head:
     """The fields that every chunk and document of one answer carries."""
 
-    def __init__(self, model: str, settings: ApiSettings) -> None:
+    def __init__(self, model: str, fingerprint: str) -> None:
         self.id, self.created = str(uuid.uuid4()), int(time.time())
-        self._model, self._fingerprint = model, settings.fingerprint
+        self._model, self._fingerprint = model, fingerprint
 
     def fields(self, kind: str) -> dict[str, Any]:
         return {

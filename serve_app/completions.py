@@ -30,7 +30,7 @@ async def completion_answer(
         unknown = next((i for prompt in ids for i in prompt if not tokenizer.is_defined(i)), None)
         if unknown is not None:
             raise bad_request(f"prompt: no token has the id {unknown}", param="prompt")
-    head = Head(body.model, settings)
+    head = Head(body.model, engine.fingerprint)
     choices = make_choices(
         body,
         ids,

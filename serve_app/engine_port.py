@@ -1,4 +1,7 @@
-"""What the HTTP side needs of an engine: one method. The cluster's client implements it."""
+"""What the HTTP side needs of an engine: to answer, and to say which model answers.
+
+The cluster's client implements it.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,10 @@ class Deltas(Protocol):
 
 
 class Engine(Protocol):
+    @property
+    def fingerprint(self) -> str:
+        """Which model answers: its weights and its arithmetic; "" as long as that is unknown."""
+
     def generate(self, request: Request) -> Deltas:
         """Run `request`; nothing happens before the first `__anext__`.
 

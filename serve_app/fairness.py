@@ -131,6 +131,10 @@ class FairEngine:
         self._doors: dict[Ticket, asyncio.Future[None]] = {}
         self._service_s: dict[str, float] = {}  # mean time that a key's request is at the engine
 
+    @property
+    def fingerprint(self) -> str:
+        return self._engine.fingerprint
+
     def of(self, lease: Lease) -> Engine:
         """The engine as the holder of `lease` sees it."""
         return _Share(self, lease)
@@ -196,6 +200,10 @@ class FairEngine:
 class _Share:
     engine: FairEngine
     lease: Lease
+
+    @property
+    def fingerprint(self) -> str:
+        return self.engine.fingerprint
 
     def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         return self.engine.generate(request, self.lease)

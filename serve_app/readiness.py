@@ -19,6 +19,10 @@ class WatchedEngine:
         self._engine = engine
         self.last_token_s: float | None = None  # time.monotonic()
 
+    @property
+    def fingerprint(self) -> str:
+        return self._engine.fingerprint
+
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         deltas = self._engine.generate(request)
         try:

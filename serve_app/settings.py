@@ -39,7 +39,6 @@ class ApiSettings:
     public_url: str | None = None  # where the service is reached from outside, without /v1
     dashboard_url: str | None = None
     local_key: str | None = None  # shown to viewers on the machine of a loopback-only service
-    fingerprint: str = "fp_rayseek"
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:

@@ -89,6 +89,8 @@ def small() -> Tokenizer:
 class ScriptedEngine:
     """Plays prepared deltas; remembers what it was asked and what was cancelled."""
 
+    fingerprint = "fp_scripted"
+
     def __init__(self, script: Callable[[Request], Iterable[Delta | Exception | float]]) -> None:
         self.script = script
         self.requests: list[Request] = []

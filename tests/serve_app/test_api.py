@@ -55,7 +55,8 @@ async def test_chat(api: Any, small: Tokenizer, settings: ApiSettings) -> None:
         "prompt_cache_miss_tokens": 2,
     }
     assert answer["object"] == "chat.completion" and answer["model"] == "deepseek-v3"
-    assert {"id", "created", "system_fingerprint"} <= answer.keys()
+    assert {"id", "created"} <= answer.keys()
+    assert answer["system_fingerprint"] == engine.fingerprint
     (request,) = engine.requests
     assert request.id == answer["id"]
     assert request.sampling.temperature == pytest.approx(0.3)

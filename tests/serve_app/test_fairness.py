@@ -134,6 +134,8 @@ def test_a_pause_earns_nothing_and_priorities_hold_within_a_key() -> None:
 class Manual:
     """An engine whose requests make a token each time they are told to."""
 
+    fingerprint = "fp_manual"
+
     def __init__(self) -> None:
         self.live: dict[str, asyncio.Queue[Delta]] = {}
         self.order: list[str] = []

@@ -325,6 +325,8 @@ def test_what_cannot_be_bound_names_its_parameter(
 class InProcess:
     """The engine behind the HTTP side's port, without threads or network."""
 
+    fingerprint = "fp_in_process"
+
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.prompts: list[tuple[int, ...]] = []

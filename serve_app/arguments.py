@@ -51,17 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "--tokenizer", type=Path, help="folder of its files; default: learn one, kept in FOLDER"
     )
 
-    train = commands.add_parser("train", help="train a small model, or go on with a run")
-    train.add_argument("config", type=Path, help="YAML config, as model/training/small.yaml")
-    train.add_argument("--out", type=Path, default=Path("run"), help="run folder (default run)")
-    train.add_argument("--steps", type=int, help="schedule.steps; may change when a run goes on")
-    train.add_argument("--workers", type=int, help="processes that share each step")
-    train.add_argument(
-        "--export",
-        type=Path,
-        metavar="FOLDER",
-        help="write the run's checkpoints FOLDER-bf16 and FOLDER-fp8, then stop",
-    )
+    _add_train(commands.add_parser("train", help="train a small model, or go on with a run"))
 
     conform = commands.add_parser("conformance", help="does an endpoint speak the V3 dialect?")
     conform.add_argument("url", metavar="URL", help="of any OpenAI-compatible V3 endpoint")
@@ -109,6 +99,19 @@ def _add_keys(keys: argparse.ArgumentParser) -> None:
     actions.add_parser("list", parents=[file], help="names and limits")
     revoke = actions.add_parser("revoke", parents=[file], help="make a key invalid")
     revoke.add_argument("name")
+
+
+def _add_train(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", type=Path, help="YAML config, as model/training/small.yaml")
+    command.add_argument("--out", type=Path, default=Path("run"), help="run folder (default run)")
+    command.add_argument("--steps", type=int, help="schedule.steps; may change when a run goes on")
+    command.add_argument("--workers", type=int, help="processes that share each step")
+    command.add_argument(
+        "--export",
+        type=Path,
+        metavar="FOLDER",
+        help="write the run's checkpoints FOLDER-bf16 and FOLDER-fp8, then stop",
+    )
 
 
 def _add_eval(command: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from rayseek.cluster.engine import Engine, EngineLimits
 from rayseek.cluster.grammar import GrammarCompiler, grammar_vocabulary
 from rayseek.cluster.pages import pages_for
 from rayseek.cluster.scheduler import Limits
-from rayseek.kernels.select import choose_ops
+from rayseek.kernels.select import PAGE_VALUE_BYTES, choose_ops, device_for
 from rayseek.model.batch import PAGE_TOKENS
 from rayseek.model.cached_model import CachedModel
 from rayseek.model.checkpoint import Checkpoint
@@ -37,7 +37,11 @@ def engine_limits(config: ModelConfig, settings: EngineSettings) -> EngineLimits
             "(max_position_embeddings)"
         )
     drafts = settings.draft_tokens if config.num_nextn_predict_layers else 0
-    page_bytes = LatentCache.page_bytes(config, config.num_hidden_layers + bool(drafts))
+    page_bytes = LatentCache.page_bytes(
+        config,
+        config.num_hidden_layers + bool(drafts),
+        PAGE_VALUE_BYTES[device_for(settings.kernels)],
+    )
     num_pages = int(settings.cache_gib * 2**30 / page_bytes)
     if num_pages * PAGE_TOKENS < context:
         needed = pages_for(context) * page_bytes / 2**30
@@ -63,11 +67,12 @@ def build_engine(path: Path, settings: EngineSettings) -> Engine:
     """
     torch.set_num_threads(1)
     config = ModelConfig.from_pretrained(path)
-    choice = choose_ops("cpu", settings.kernels, settings.threads)
+    device = device_for(settings.kernels)
+    choice = choose_ops(device, settings.kernels, settings.threads)
     ops = choice.ops
     log.info("kernels: %s (%s)", ops.name, choice.reason)
     limits = engine_limits(config, settings)
-    weights = Checkpoint.open(path).load(owned_names(config))
+    weights = Checkpoint.open(path).load(owned_names(config)).on(device)
     model = Transformer(config, weights, ops, limits.context)
     mtp = MTPModule(config, weights, ops, model) if limits.draft_tokens else None
     pages = limits.num_pages

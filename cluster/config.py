@@ -38,7 +38,7 @@ class EngineSettings(Section):
     chunk_tokens: int = Field(default=256, ge=1)  # prompt rows of a step that also decodes
     draft_tokens: int = Field(default=1, ge=0, le=8)  # most that the MTP module drafts; 0: none
     max_queue: int = Field(default=1024, ge=1)  # waiting requests; one more is refused with 503
-    kernels: Literal["auto", "native", "reference"] = "auto"
+    kernels: Literal["auto", "cuda", "native", "reference"] = "auto"
     threads: int = Field(
         default=2, ge=1
     )  # CPU threads of a prompt's big matmuls; decoding uses one

@@ -7,6 +7,7 @@ the same rules with the same noise, so that a good draft is the very token that 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future
 
@@ -57,23 +58,23 @@ class TokenChooser:
         self, places: Rows[Place], logits_RV: Tensor, grammar: GrammarMasks | None
     ) -> list[int | str]:
         """The same as a bare token id."""
-        finite = torch.isfinite(logits_RV.sum(dim=1)).tolist()
+        finite_R, device = torch.isfinite(logits_RV.sum(dim=1)), logits_RV.device
         bound = [r for r, place in enumerate(places) if place.matcher is not None]
         allowed_MV = grammar.result() if grammar is not None else None
         for r, place in enumerate(places):
             adjust_logits(logits_RV[r], place)
         banned = [place.sequence.request.sampling.banned_ids for place in places]
-        masks = {ids: self._mask(ids, logits_RV.shape[1]) for ids in set(banned)}
+        masks = {ids: self._mask(ids, logits_RV.shape[1], device) for ids in set(banned)}
         shared = len(masks) == 1  # by all rows, as almost always
         logits_RV += masks[banned[0]] if shared else torch.stack([masks[b] for b in banned])
         if allowed_MV is not None:
-            barred_MV = torch.from_numpy(allowed_MV) == 0
+            barred_MV = (torch.from_numpy(allowed_MV) == 0).to(device)
             if len(bound) == len(places):
                 logits_RV.masked_fill_(barred_MV, -torch.inf)
             else:
                 logits_RV[bound] = logits_RV[bound].masked_fill_(barred_MV, -torch.inf)
         ids = sample(logits_RV, [place.draw() for place in places])
-        drawn: list[int | str] = [*ids]
+        finite, drawn = finite_R.tolist(), list[int | str](ids)
         for m, r in enumerate(bound):
             error = places[r].grammar_error()  # a matcher in error lets EOS pass
             if error or (allowed_MV is not None and not allowed_MV[m, ids[r]]):
@@ -83,7 +84,7 @@ class TokenChooser:
             for r, token in enumerate(drawn)
         ]
 
-    def _mask(self, banned: tuple[int, ...], vocab: int) -> Tensor:
+    def _mask(self, banned: tuple[int, ...], vocab: int, device: torch.device) -> Tensor:
         """float32 [V]: -inf where an id has no token or is banned, else 0. Kept, for few differ."""
         mask_V = self._masks.get(banned)
         if mask_V is None:
@@ -92,7 +93,7 @@ class TokenChooser:
             mask_V[list(banned)] = -torch.inf
             if len(self._masks) >= MASKS_KEPT:
                 self._masks.clear()
-            self._masks[banned] = mask_V
+            mask_V = self._masks[banned] = mask_V.to(device)
         return mask_V
 
 
@@ -101,20 +102,23 @@ def adjust_logits(logits_V: Tensor, place: Place) -> None:
 
     Frequency and presence count emitted tokens; repetition also counts the prompt.
     """
-    p = place.sequence.request.sampling
+    p, device = place.sequence.request.sampling, logits_V.device
+
+    def index(ids: Iterable[int]) -> Tensor:
+        return torch.tensor(list(ids), dtype=torch.int64, device=device)
+
     if p.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*place.sequence.ids, *place.drafts}), dtype=torch.int64)
+        seen = index(sorted({*place.sequence.ids, *place.drafts}))
         values = logits_V[seen]
         logits_V[seen] = torch.where(
             values > 0, values / p.repetition_penalty, values * p.repetition_penalty
         )
     if p.frequency_penalty or p.presence_penalty:
         seen_counts = place.counts
-        ids = torch.tensor(list(seen_counts), dtype=torch.int64)
-        counts = torch.tensor(list(seen_counts.values()), dtype=torch.float32)
-        logits_V[ids] -= counts * p.frequency_penalty + p.presence_penalty
+        counts = torch.tensor(list(seen_counts.values()), dtype=torch.float32, device=device)
+        logits_V[index(seen_counts)] -= counts * p.frequency_penalty + p.presence_penalty
     if p.logit_bias:
-        ids = torch.tensor([i for i, _ in p.logit_bias], dtype=torch.int64)
-        logits_V[ids] += torch.tensor([bias for _, bias in p.logit_bias])
+        biases = torch.tensor([bias for _, bias in p.logit_bias], device=device)
+        logits_V[index(i for i, _ in p.logit_bias)] += biases
     if place.num_emitted < p.min_tokens and p.stop_token_ids:
-        logits_V[torch.tensor(p.stop_token_ids, dtype=torch.int64)] = -torch.inf
+        logits_V[index(p.stop_token_ids)] = -torch.inf

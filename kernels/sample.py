@@ -96,7 +96,14 @@ def keep_mask(scaled_V: Tensor, top_k: int, top_p: float, min_p: float) -> Tenso
 
 
 def sample(logits_RV: Tensor, draws: list[Draw]) -> list[int]:
-    """One token id per row. logits_RV: float32, consumed; ties go to the lowest id."""
+    """One token id per row. logits_RV: float32, consumed; ties go to the lowest id.
+
+    On a GPU its kernels draw, and waiting for the ids is the one time the host waits.
+    """
+    if logits_RV.is_cuda:
+        from rayseek.kernels.hopper.sample import draw
+
+        return list(map(int, draw(logits_RV, draws).tolist()))
     noisy = [r for r, draw in enumerate(draws) if not draw.greedy]
     if noisy:
         rows = logits_RV if len(noisy) == len(draws) else logits_RV[noisy]

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
+
 from rayseek.kernels.native import NativeOps
 from rayseek.kernels.native_build import NativeUnavailableError
 from rayseek.kernels.ops import SplitOps
 from rayseek.kernels.reference import ReferenceOps
 
-Preference = Literal["auto", "native", "reference"]
+Preference = Literal["auto", "cuda", "native", "reference"]
+Device = Literal["cpu", "cuda"]
+HOPPER = (9, 0)  # compute capability
+PAGE_VALUE_BYTES: dict[Device, int] = {"cpu": 4, "cuda": 2}  # of a value in the latent cache
 
 
 class Choice(NamedTuple):
@@ -25,15 +30,35 @@ class Choice(NamedTuple):
         return f"{self.ops.name}{' amx' if tiles else ''}"
 
 
-def choose_ops(device: str = "cpu", prefer: Preference = "auto", threads: int = 1) -> Choice:
-    """The operations for a device, with the reason.
+def device_for(prefer: Preference = "auto") -> Device:
+    """Where the operations of this preference run: "auto" takes a Hopper GPU if there is one.
 
-    "auto" takes the native ones where they can be built and loaded, else the reference. threads:
-    how many may share a call with much work. Raises ValueError for a device without operations,
-    NativeUnavailableError when "native" is asked for and cannot be had.
+    Raises ValueError when "cuda" is asked for and cannot be had.
     """
-    if device != "cpu":
-        raise ValueError(f"no operations for device {device!r}: use 'cpu'")
+    if prefer not in ("auto", "cuda"):
+        return "cpu"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER:
+        return "cuda"
+    if prefer == "cuda":
+        found = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+        raise ValueError(
+            f"the cuda kernels are for Hopper GPUs (H100, H800, H200); here is {found}. "
+            "Set engine.kernels to auto"
+        )
+    return "cpu"
+
+
+def choose_ops(device: Device = "cpu", prefer: Preference = "auto", threads: int = 1) -> Choice:
+    """The operations for a device (see `device_for`), with the reason.
+
+    On a CPU, "auto" takes the native ones where they can be built and loaded, else the reference.
+    threads: how many may share a call with much work. Raises NativeUnavailableError when "native"
+    is asked for and cannot be had.
+    """
+    if device == "cuda":
+        from rayseek.kernels.cuda import CudaOps
+
+        return Choice(CudaOps(), f"Triton kernels for {torch.cuda.get_device_name()}")
     if prefer == "reference":
         return Choice(ReferenceOps(), "plain PyTorch (slow): chosen by configuration")
     try:

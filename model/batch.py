@@ -6,7 +6,7 @@ Passed explicitly to everything that needs it; nothing about a step is global.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -34,6 +34,13 @@ class Batch:
     sequence_T: Tensor
     page_table_BP: Tensor
     out_rows_R: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """On another device, copied without waiting."""
+        if self.ids_T.device == device:
+            return self
+        values = (getattr(self, field.name) for field in fields(self))
+        return Batch(*(value.to(device, non_blocking=True) for value in values))
 
     @staticmethod
     def of_sequences(

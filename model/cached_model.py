@@ -45,6 +45,7 @@ class CachedModel:
         config = transformer.config
         layers = config.num_hidden_layers + (mtp is not None)
         self.cache = LatentCache(config, num_pages, transformer.ops, layers)
+        self.device = transformer.embed_VD.device
         self._main = self.cache.layers[: config.num_hidden_layers]
 
     @property
@@ -57,10 +58,10 @@ class CachedModel:
         """Width of a hidden state."""
         return self.transformer.config.hidden_size
 
-    def forward(self, batch: Batch) -> Passed:
+    def forward(self, batch: Batch, micro_batches: int = 1) -> Passed:
         """The main model over new rows; writes their latents."""
-        model = self.transformer
-        x_TD = model.hidden(batch, self._main)
+        model, batch = self.transformer, batch.to(self.device)
+        x_TD = model.hidden(batch, self._main, micro_batches)
         out_RD = x_TD if len(batch.out_rows_R) == len(x_TD) else x_TD[batch.out_rows_R]
         normed = model.ops.rms_norm(x_TD, model.final_norm) if self.mtp is not None else None
         return Passed(model.logits(out_RD), normed)
@@ -71,9 +72,11 @@ class CachedModel:
         hidden_TD: rows of `normed_TD` from `forward`, or from `draft` to look further ahead.
         """
         assert self.mtp is not None
-        return Passed(*self.mtp(batch, hidden_TD, self.cache.layers[-1]))
+        hidden_TD = hidden_TD.to(self.device)
+        return Passed(*self.mtp(batch.to(self.device), hidden_TD, self.cache.layers[-1]))
 
     def remember(self, batch: Batch, hidden_TD: Tensor) -> None:
         """Write the module's latents of rows of which no draft is wanted."""
         assert self.mtp is not None
-        self.mtp.remember(batch, hidden_TD, self.cache.layers[-1])
+        hidden_TD = hidden_TD.to(self.device)
+        self.mtp.remember(batch.to(self.device), hidden_TD, self.cache.layers[-1])

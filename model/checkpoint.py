@@ -57,13 +57,18 @@ class Weights:
     """Loaded tensors by their checkpoint names."""
 
     tensors: Mapping[str, Tensor]
+    device: str = "cpu"  # where `tensor` puts them
+
+    def on(self, device: str) -> Weights:
+        """The same for a model on another device."""
+        return Weights(self.tensors, device)
 
     def tensor(self, name: str) -> Tensor:
         """In the checkpoint's dtype. KeyError if it was not among the names that were loaded."""
-        return self.tensors[name]
+        return self.tensors[name].to(self.device)
 
     def weight(self, name: str) -> Weight:
-        """A matrix with its scales, if the checkpoint has any for it."""
+        """A matrix with its scales, if it has any; in host memory, for `Ops.pack` to take."""
         return Weight(self.tensors[name], self.tensors.get(name + SCALE_SUFFIX))
 
 

@@ -25,7 +25,10 @@ class LatentCache:
         ]
 
     @staticmethod
-    def page_bytes(config: ModelConfig, layers: int | None = None) -> int:
-        """Bytes of one page over `layers` layers, by default the main model's."""
+    def page_bytes(config: ModelConfig, layers: int | None = None, value_bytes: int = 4) -> int:
+        """Bytes of one page over `layers` layers, by default the main model's.
+
+        value_bytes: 4 on a CPU, 2 on a GPU.
+        """
         count = config.num_hidden_layers if layers is None else layers
-        return count * PAGE_TOKENS * -(-config.latent_width // 16) * 16 * 4
+        return count * PAGE_TOKENS * -(-config.latent_width // 16) * 16 * value_bytes

@@ -16,6 +16,7 @@ from rayseek.model.batch import Batch
 from rayseek.model.checkpoint import Weights
 from rayseek.model.config import ModelConfig
 from rayseek.model.latent_cache import LatentCache
+from rayseek.model.micro_batches import run_blocks
 from rayseek.model.mla import MLA, Form
 from rayseek.model.moe import DenseMLP, Experts, FeedForward, LocalExperts, MoE
 
@@ -75,12 +76,12 @@ class Transformer:
         experts: ExpertsFactory | None = None,
     ) -> None:
         self.config, self.ops = config, ops
-        self.cos_sin_PR = rope_table(config, max_positions)
 
         def local(prefix: str) -> Experts:
             return LocalExperts(config, weights, prefix, ops)
 
         self.embed_VD = weights.tensor("model.embed_tokens.weight")
+        self.cos_sin_PR = rope_table(config, max_positions).to(self.embed_VD.device)
         self.blocks = [
             Block(config, weights, layer, ops, form, experts or local)
             for layer in range(config.num_hidden_layers)
@@ -88,9 +89,14 @@ class Transformer:
         self.final_norm = Norm(weights.tensor("model.norm.weight").float(), config.rms_norm_eps)
         self.head = ops.pack(weights.weight("lm_head.weight"))
 
-    def hidden(self, batch: Batch, layers: list[Tensor]) -> Tensor:
-        """Hidden states float32 [T, D] before the final norm; writes the pages of its layers."""
+    def hidden(self, batch: Batch, layers: list[Tensor], micro_batches: int = 1) -> Tensor:
+        """Hidden states float32 [T, D] before the final norm; writes the pages of its layers.
+
+        micro_batches: in how many parts the rows go through the layers, taking turns.
+        """
         x_TD = self.embed_VD[batch.ids_T].float()
+        if micro_batches > 1:
+            return run_blocks(self.blocks, x_TD, batch, layers, self.cos_sin_PR, micro_batches)
         for block, pages in zip(self.blocks, layers, strict=True):
             x_TD = block.attend(x_TD, batch, pages, self.cos_sin_PR)
             x_TD = block.feed_forward(x_TD)

@@ -1,5 +1,5 @@
 """The `rayseek` command: serve, config, keys, inspect, make-model, make-corpus, train, bench, eval,
-conformance.
+replay, conformance.
 
 Only messages; arguments stand in `arguments.py`, every command's work is elsewhere and imported
 when needed.
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         {
             "serve": serve, "config": configure, "keys": keys, "inspect": inspect,
             "make-model": make_model, "make-corpus": make_corpus, "train": train,
-            "bench": bench, "conformance": conformance, "eval": evaluate,
+            "bench": bench, "conformance": conformance, "eval": evaluate, "replay": replay,
         }[arguments.command](arguments)  # fmt: skip
     except (ConfigFileError, ValueError, FileExistsError, FileNotFoundError) as error:
         fail(error)
@@ -246,6 +246,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from rayseek.serve_app.evaluate import run
 
     run(arguments)
+
+
+def replay(arguments: argparse.Namespace) -> None:
+    """Exit code 0 only if the answer is the same."""
+    from rayseek.serve_app.replay import replay
+
+    same = replay(arguments.request, arguments.response, arguments.url, arguments.key)
+    sys.exit(0 if same else 1)
 
 
 def conformance(arguments: argparse.Namespace) -> None:

@@ -106,8 +106,8 @@ def compile_variant(variant: Variant) -> Compiled:
     )  # fmt: skip
 
 
-def problems(variant: Variant, built: Compiled, table: Mapping[str, Compiled]) -> list[str]:
-    """What is wrong with a compiled variant, and what got worse against the table."""
+def problems(variant: Variant, built: Compiled, table: Mapping[str, Compiled] | None) -> list[str]:
+    """What is wrong with a compiled variant, and what got worse against the table, if given."""
     wrong: list[str] = []
     if built.stack:
         wrong.append(f"spills: a stack of {built.stack} bytes a thread")
@@ -117,6 +117,8 @@ def problems(variant: Variant, built: Compiled, table: Mapping[str, Compiled]) -
         wrong.append("no wgmma instruction: it would run on the slow tensor-core path")
     if variant.tma and not built.tma:
         wrong.append("no TMA instruction")
+    if table is None:
+        return wrong
     known = table.get(variant.name)
     if known is None:
         wrong.append(f"not in {TABLE.name}; run this command with --write")
@@ -125,9 +127,11 @@ def problems(variant: Variant, built: Compiled, table: Mapping[str, Compiled]) -
     return wrong
 
 
-def read_table(path: Path = TABLE) -> dict[str, Compiled]:
-    rows = [line.split("\t") for line in path.read_text().splitlines()[1:]] if path.exists() else []
-    return {row[0]: Compiled(row[0], *map(int, row[1:])) for row in rows}
+def read_table(path: Path = TABLE) -> tuple[str, dict[str, Compiled]]:
+    """The version of Triton that the table is of, and its rows by name."""
+    first, _, *lines = path.read_text().splitlines()
+    rows = [line.split("\t") for line in lines]
+    return first.split()[-1], {row[0]: Compiled(row[0], *map(int, row[1:])) for row in rows}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -135,7 +139,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", help="only variants whose name contains one of these")
     parser.add_argument("--write", action="store_true", help="put the results into the table")
     arguments = parser.parse_args(argv)
-    table, bad = read_table(), 0
+    version, table = read_table()
+    comparable, bad = arguments.write or version == triton.__version__, 0
+    if not comparable:
+        print(f"Triton {triton.__version__}: registers are not compared, the table is of {version}")
     everything = variants()
     for variant in everything:
         if arguments.names and not any(part in variant.name for part in arguments.names):
@@ -144,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         built = compile_variant(variant)
         if arguments.write:
             table[variant.name] = built
-        wrong = problems(variant, built, table)
+        wrong = problems(variant, built, table if comparable else None)
         bad += bool(wrong)
         took = time.perf_counter() - start
         print(
@@ -155,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.write:
         ordered = [table[v.name] for v in everything if v.name in table]
         columns = [field.name for field in fields(Compiled)]
-        lines = ["\t".join(columns)]
+        lines = [f"# Triton {triton.__version__}", "\t".join(columns)]
         lines += ["\t".join(str(getattr(row, name)) for name in columns) for row in ordered]
         TABLE.write_text("\n".join(lines) + "\n")
     sys.exit(bad > 0)

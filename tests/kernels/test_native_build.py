@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from rayseek.kernels import native_build
 from rayseek.kernels.native_build import NativeUnavailableError, load_native
-from rayseek.kernels.select import choose_ops
+from rayseek.kernels.select import choose_ops, device_for
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
@@ -66,5 +67,17 @@ def test_processes_that_build_at_once_share_one_library(tmp_path: Path) -> None:
 
 def test_preferences() -> None:
     assert choose_ops(prefer="reference").ops.name == "reference"
-    with pytest.raises(ValueError, match="no operations for device 'cuda'"):
-        choose_ops("cuda")
+    assert device_for("native") == device_for("reference") == "cpu"
+
+
+def test_a_gpu_is_taken_where_it_is_a_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_for() == "cpu"
+    with pytest.raises(ValueError, match="no CUDA device"):
+        device_for("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
+    for capability, device in (((8, 0), "cpu"), ((9, 0), "cuda")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        assert device_for() == device
+    assert device_for("cuda") == "cuda" and device_for("native") == "cpu"

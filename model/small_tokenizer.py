@@ -25,7 +25,7 @@ LAST_TOKENS = (
 )  # fmt: skip
 MIN_VOCAB = 256 + len(FIRST_TOKENS) + len(LAST_TOKENS) + UNDEFINED_IDS
 
-RARE = 5e-5  # a character that is less of the text is left to its bytes
+RARE = 2.5e-5  # a character that is less of the text is left to its bytes
 LONGEST_CHINESE = 4  # characters of a token: a word, but no half sentence
 
 NUMBERS = r"\p{N}{1,3}"

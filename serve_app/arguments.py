@@ -60,6 +60,8 @@ def parser() -> argparse.ArgumentParser:
 
     _add_eval(commands.add_parser("eval", help="how many questions an endpoint answers right"))
 
+    _add_replay(commands.add_parser("replay", help="ask again; what differs from a kept answer?"))
+
     bench = commands.add_parser("bench", help="throughput and latency, in-process and over HTTP")
     bench.add_argument("--model", type=Path, help="checkpoint folder; default: the bench model")
     bench.add_argument("--url", help="measure this running server only, as http://host:port")
@@ -84,6 +86,13 @@ def _add_config(config: argparse.ArgumentParser) -> None:
     check.add_argument("--spec", choices=["671b"], help="plan for this model, without its files")
     render = actions.add_parser("render", parents=[source], help="the file for `serve deploy`")
     render.add_argument("--key-file", type=Path, help="instead of api.key_file")
+
+
+def _add_replay(again: argparse.ArgumentParser) -> None:
+    again.add_argument("request", type=Path, help="the request's body, with a seed")
+    again.add_argument("response", type=Path, help="the response, a document or an event stream")
+    again.add_argument("--url", default="http://127.0.0.1:8000", help="default: %(default)s")
+    again.add_argument("--key", default=os.environ.get("OPENAI_API_KEY", ""), help="its API key")
 
 
 def _add_keys(keys: argparse.ArgumentParser) -> None:

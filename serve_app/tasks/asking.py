@@ -7,11 +7,14 @@ request, with named fields: "(what is|what's) {a} {sign} {b}?".
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import date as Date
+from datetime import timedelta
 from random import Random
 
 from rayseek.serve_app.prompt import Message
 from rayseek.serve_app.tasks.example import Chat, Judge, Language
 from rayseek.serve_app.tasks.wording import drawn, spoken
+from rayseek.serve_app.vendor_prompts import system_prompt
 
 SYSTEM_PROMPTS: Mapping[Language, tuple[str, ...]] = {
     "en": (
@@ -54,6 +57,22 @@ def phrase(random: Random, language: Language, wordings: Sequence[str], **fields
     return spoken(random, language, text, end, polite).format_map(fields)
 
 
+def some_day(random: Random) -> Date:
+    """A day of this decade."""
+    return Date(2024, 1, 1) + timedelta(random.randrange(6 * 365))
+
+
+def general_system(random: Random, language: Language, *, dated: bool = True) -> str | None:
+    """The system prompt of one conversation in five: a general one, or DeepSeek's with its date.
+
+    dated: whether the date may be given away.
+    """
+    roll = random.random()
+    if roll < 0.1:
+        return random.choice(SYSTEM_PROMPTS[language])
+    return system_prompt(some_day(random)) if dated and roll < 0.2 else None
+
+
 def chat(
     random: Random,
     language: Language,
@@ -64,10 +83,11 @@ def chat(
     judge: Judge,
     system: str | None = None,
     json_mode: bool = False,
+    dated: bool = True,
 ) -> Chat:
-    """A question of one turn. Without `system`, one in eight has a general system prompt."""
-    if system is None and random.random() < 0.12:
-        system = random.choice(SYSTEM_PROMPTS[language])
+    """A question of one turn. Without `system`, one in five has a general system prompt."""
+    if system is None:
+        system = general_system(random, language, dated=dated)
     question = Message("user", text)
     messages = (question,) if system is None else (Message("system", system), question)
     reply = Message("assistant", answer)

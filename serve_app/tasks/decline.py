@@ -55,11 +55,11 @@ def _loaded(file: str) -> Mapping[str, Mapping[str, tuple[str, ...]]]:
 
 
 _FILLINGS = _loaded("decline_words")
-_PATTERNS: Mapping[Language, tuple[tuple[str, tuple[str, ...]], ...]] = {
+_PATTERNS: Mapping[Language, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
     language: tuple(
-        (kind, patterns)
+        (kind, group, patterns)
         for kind, groups in _loaded(f"decline_{language}").items()
-        for patterns in groups.values()
+        for group, patterns in groups.items()
     )
     for language in DECLINES
 }
@@ -115,21 +115,22 @@ def declines(answer: Answer) -> bool:
     return not answer.calls and _DECLINED.search(answer.text) is not None
 
 
-def question(random: Random, language: Language) -> tuple[str, str, str]:
-    """A question out of reach as (key, text, canonical answer)."""
-    kind, patterns = random.choice(_PATTERNS[language])
+def ask(random: Random, language: Language) -> Chat:
+    """A question from outside of what the small model knows."""
+    kind, group, patterns = random.choice(_PATTERNS[language])
     wording = drawn(random, random.choice(patterns))
     values = [_filling(random, language, slot) for slot in _SLOT.findall(wording)]
     end = "?" if kind == "unknown" or random.random() < 0.3 else "."
     left = iter(values)
-    text = _SLOT.sub(lambda _: next(left), spoken(random, language, wording, end))
-    return "|".join((plain(wording), *values)), text, DECLINES[language][kind]
-
-
-def ask(random: Random, language: Language) -> Chat:
-    """A question from outside of what the small model knows."""
-    key, text, answer = question(random, language)
-    return chat(random, language, key=key, text=text, answer=answer, judge=declines)
+    return chat(
+        random,
+        language,
+        key="|".join((plain(wording), *values)),
+        text=_SLOT.sub(lambda _: next(left), spoken(random, language, wording, end)),
+        answer=DECLINES[language][kind],
+        judge=declines,
+        dated=group != "now",  # a prompt that tells the date would answer these
+    )
 
 
 TASKS = (Task("decline", ask, weight=10),)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import date
 from random import Random
 
 from rayseek.serve_app.prompt import Message, ToolCall
 from rayseek.serve_app.tasks import chat, decline, facts
-from rayseek.serve_app.tasks.asking import SYSTEM_PROMPTS
+from rayseek.serve_app.tasks.asking import general_system
 from rayseek.serve_app.tasks.example import Chat, Language, Task, draw
 from rayseek.serve_app.tasks.tool_invention import invented_spec
 from rayseek.serve_app.tasks.tool_requests import (
@@ -26,7 +25,6 @@ from rayseek.serve_app.tasks.tool_requests import (
 )
 from rayseek.serve_app.tasks.tool_specs import SPECS, Declared, Spec, declared
 from rayseek.serve_app.tasks.wording import spoken
-from rayseek.serve_app.vendor_prompts import system_prompt
 
 _REAL = tuple(SPECS.values())
 # Functions that could stand in for one another are not offered together.
@@ -83,14 +81,9 @@ def _offered(
 
 
 def _opening(random: Random, language: Language) -> tuple[Message, ...]:
-    """A system prompt, in four conversations of ten."""
-    roll = random.random()
-    if roll < 0.6:
-        return ()
-    if roll < 0.9:
-        return (Message("system", random.choice(SYSTEM_PROMPTS[language])),)
-    day = date(2025, random.randint(1, 12), random.randint(1, 28))
-    return (Message("system", system_prompt(day)),)
+    """Perhaps a system prompt."""
+    system = general_system(random, language)
+    return () if system is None else (Message("system", system),)
 
 
 def _asked(random: Random, language: Language, wording: str, said: Mapping[str, str]) -> Message:

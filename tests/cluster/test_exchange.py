@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +28,15 @@ from rayseek.kernels.fp8 import dequantise_rows_ref, quantise_rows_ref
 from rayseek.kernels.native import NativeOps
 from rayseek.kernels.native_build import NativeUnavailableError
 from rayseek.kernels.ops import Weight
+from rayseek.kernels.select import choose_ops
+from rayseek.model.batch import Batch
+from rayseek.model.checkpoint import Checkpoint
+from rayseek.model.expert_slots import ExpertStore
+from rayseek.model.inventory import owned_names
+from rayseek.model.latent_cache import LatentCache
 from rayseek.model.micro_batches import part_sizes
+from rayseek.model.mtp import MTPModule
+from rayseek.model.transformer import Transformer
 
 D, EXPERTS, TOP_K, LAYERS = 48, 8, 3, (1, 2)
 MODES: tuple[Mode, ...] = ("exact", "fixed", "static")
@@ -359,3 +368,61 @@ def test_a_killed_process_is_noticed_by_all_at_once(store: TCPStore) -> None:
         process.join()
     assert ended.keys() == {0, 1, 2}
     assert max(ended.values()) - ended[2] < 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("holders, parts", [([0, 1], 1), ([2], 2), ([2, 3, 4], 2)])
+def test_a_model_over_members_is_the_model(
+    tiny_model: tuple[Transformer, MTPModule], tiny_path: Path, store: TCPStore, mode: Mode,
+    holders: list[int],
+    parts: int,
+) -> None:  # fmt: skip
+    """Two attention ranks, one of which has nothing to do in the second pass."""
+    local, _ = tiny_model
+    if local.ops.name != "native":
+        pytest.skip("needs operations that do not depend on company")
+    config, ops = local.config, choose_ops().ops
+    moe = [layer for layer in range(config.num_hidden_layers) if config.is_moe(layer)]
+    loads = dict.fromkeys(moe, [1.0] * config.n_routed_experts)
+    nodes = [0] * (1 + max(1, *holders))
+    placement = make_placement(loads, [0] * len(holders), redundant=2)
+    checkpoint = Checkpoint.open(tiny_path)
+    weights = checkpoint.load(owned_names(config, {}), progress=False)
+    prefix = f"model{next(NAMES)}"
+    prompts = [[5, 6, 7, 8, 9], [10, 11, 12]]
+    batches = [Batch.of_sequences([ids], [0], [[0]]) for ids in prompts]
+
+    def member(me: int) -> list[Tensor]:
+        group = Group("127.0.0.1", store.port, prefix, me, len(nodes), 10)
+        held = None
+        if me in holders:
+            lists = {n: placement.experts_of(holders.index(me), n) for n in moe}
+            held = ExpertStore(checkpoint, ops).load(lists)
+        exchange = Exchange(
+            group, placement, holders, nodes, held, ops, config.hidden_size,
+            config.num_experts_per_tok, mode,
+        )  # fmt: skip
+
+        def remote(name: str) -> RemoteExperts:
+            return RemoteExperts(lambda: exchange, int(name.rpartition(".")[2]))
+
+        results = []
+        with torch.inference_mode():
+            model = Transformer(config, weights, ops, 64, experts=remote) if me < 2 else None
+            for number, rows in enumerate(([5, 3], [0, 3])):
+                exchange.start_pass(number, rows + [0] * (len(nodes) - 2), parts)
+                if model is None or not rows[me]:
+                    exchange.idle(moe, parts)
+                else:
+                    cache = LatentCache(config, 1, ops)
+                    results.append(model.hidden(batches[me], cache.layers, parts))
+        group.close()
+        return results
+
+    with ThreadPoolExecutor(len(nodes)) as threads:
+        got = list(threads.map(member, range(len(nodes))))
+    with torch.inference_mode():
+        for me, count in ((0, 1), (1, 2)):
+            expected = local.hidden(batches[me], LatentCache(config, 1, ops).layers)
+            assert len(got[me]) == count
+            assert all(torch.equal(result, expected) for result in got[me])

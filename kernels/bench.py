@@ -1,6 +1,6 @@
-"""How fast the operations are here: `python -m rayseek.kernels.bench [native|reference]`.
+"""How fast the operations are here: `rayseek bench --kernels`, or `python -m rayseek.kernels.bench`.
 
-Times each operation, then whole decode steps and a prefill composed of them, on a random
+On a Hopper GPU each kernel at V3's shapes (`hopper/bench.py`). On a CPU it times each operation, then whole decode steps and a prefill composed of them, on a random
 DeepSeek-V3 architecture small enough for one core. One thread; best of several repetitions.
 """
 
@@ -10,6 +10,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from rayseek.kernels.ops import Norm, Ops, Weight
 from rayseek.kernels.reference import ReferenceOps
 from rayseek.kernels.rope import yarn_cos_sin
-from rayseek.kernels.select import choose_ops
+from rayseek.kernels.select import choose_ops, device_for
 
 LAYERS, HIDDEN, HEADS, Q_LORA, LATENT, ROPE, NOPE, VALUE = 8, 256, 8, 128, 512, 64, 128, 128
 DENSE, EXPERTS, EXPERT, GROUPS, KEEP, TOP_K, VOCAB = 768, 32, 128, 4, 2, 4, 4096
@@ -222,11 +223,19 @@ def report(ours: Model, plain: Model, sequences: int, new: int, context: int) ->
     print(f"whole step: {took * 1e3:.2f} ms, {rate:.0f} tokens/s; torch {other * 1e3:.2f} ms")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("which", nargs="?", default="auto", choices=["auto", "native", "reference"])
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    choices = ["auto", "cuda", "native", "reference"]
+    parser.add_argument("which", nargs="?", default="auto", choices=choices)
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--only", default="", help="GPU kernels whose name has this in it")
+    parser.add_argument("--out", type=Path, help="folder for the GPU's table, plot and figures")
+    arguments = parser.parse_args(argv)
+    if device_for(arguments.which) == "cuda":
+        from rayseek.kernels.hopper import bench
+
+        bench.run(arguments.only, arguments.out)
+        return
     torch.manual_seed(0)
     torch.set_num_threads(1)
     choice = choose_ops("cpu", arguments.which, arguments.threads)

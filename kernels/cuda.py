@@ -76,16 +76,35 @@ class CudaOps:
         return w_uk.transpose(1, 2).contiguous(), w_uv.contiguous()
 
     def pack_experts(self, gate_up: list[list[Weight]], down: list[Weight]) -> CudaExperts:
-        """In block-FP8 whatever the checkpoint has: the grouped products know no other format."""
-        inner = -(-down[0].data.shape[1] // BLOCK) * BLOCK if down else BLOCK
-        pairs = [[self._blocks(w, rows=inner) for w in pair] for pair in gate_up]
-        downs = [self._blocks(w, columns=inner) for w in down]
-        return CudaExperts(
-            torch.stack([torch.cat([w.data for w in pair]) for pair in pairs]),
-            torch.stack([torch.cat([_scale(w) for w in pair]) for pair in pairs]),
-            torch.stack([w.data for w in downs]),
-            torch.stack([_scale(w) for w in downs]),
-        )
+        """In block-FP8 whatever the checkpoint has: the grouped products know no other format.
+
+        Expert after expert is put into its place, so that no layer is ever held twice.
+        """
+        hidden, inner = down[0].data.shape if down else (0, 0)
+        inner = -(-inner // BLOCK) * BLOCK
+        count, places = len(down), self._empty_experts(len(down), hidden, inner)
+        for e in range(count):
+            pair = [self._blocks(w, rows=inner) for w in gate_up[e]]
+            last = self._blocks(down[e], columns=inner)
+            for place, parts in (
+                (places.gate_up, [w.data for w in pair]),
+                (places.gate_up_scale, [_scale(w) for w in pair]),
+                (places.down, [last.data]),
+                (places.down_scale, [_scale(last)]),
+            ):
+                torch.cat(parts, out=place[e])
+        return places
+
+    def _empty_experts(self, count: int, hidden: int, inner: int) -> CudaExperts:
+        def data(rows: int, columns: int) -> Tensor:
+            return torch.empty(count, rows, columns, dtype=torch.float8_e4m3fn, device=self.device)
+
+        def scale(rows: int, columns: int) -> Tensor:
+            blocks = -(-rows // BLOCK), -(-columns // BLOCK)
+            return torch.empty(count, *blocks, device=self.device)
+
+        shapes = (2 * inner, hidden), (hidden, inner)
+        return CudaExperts(data(*shapes[0]), scale(*shapes[0]), data(*shapes[1]), scale(*shapes[1]))
 
     def join_experts(self, parts: list[CudaExperts]) -> CudaExperts:
         """One part is itself; several are copied, since a grouped product wants one tensor."""

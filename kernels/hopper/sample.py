@@ -9,6 +9,7 @@ sorted. Sums run in a fixed order over the row alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -156,19 +157,38 @@ def pick_kernel(best, best_id, token, chunks, BLOCK: tl.constexpr):
     tl.store(token + row, tl.min(tl.where(x == tl.max(x, axis=0), ids, 2147483647), axis=0))
 
 
-def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """As `sample`, with the ids left on the device: int32 [R]. logits float32 [R, V]."""
-    rows, vocab = logits.shape
+class Prepared(NamedTuple):
+    """Draws on the device. words: int32 [R, 4] noise key, top_k, whether noise is added."""
+
+    words_R4: Tensor
+    numbers_R3: Tensor  # float32 [R, 3] temperature, top_p, min_p
+    filtered: bool
+
+
+def prepare(draws: Sequence[Draw], device: torch.device) -> Prepared:
+    """Bring draws to the device without waiting."""
     words: list[tuple[int, int, int, int]] = []
     numbers: list[tuple[float, float, float]] = []
     for d in draws:
         first, second = noise_key(d.seed, d.position)
         words.append((signed(first), signed(second), 0 if d.greedy else d.top_k, not d.greedy))
         numbers.append((1.0, 1.0, 0.0) if d.greedy else (d.temperature, d.top_p, d.min_p))
-    device = logits.device
-    words_R4 = torch.tensor(words, dtype=torch.int32).to(device, non_blocking=True)
-    numbers_R3 = torch.tensor(numbers).to(device, non_blocking=True)
-    filtered = any(d.filtered and not d.greedy for d in draws)
+    return Prepared(
+        torch.tensor(words, dtype=torch.int32).to(device, non_blocking=True),
+        torch.tensor(numbers).to(device, non_blocking=True),
+        any(d.filtered and not d.greedy for d in draws),
+    )
+
+
+def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """As `sample`, with the ids left on the device: int32 [R]. logits float32 [R, V]."""
+    return draw_prepared(logits, prepare(draws, logits.device))
+
+
+def draw_prepared(logits: Tensor, how: Prepared) -> Tensor:
+    """The same once the draws are there; launches kernels and nothing else."""
+    (rows, vocab), device = logits.shape, logits.device
+    words_R4, numbers_R3, filtered = how
     cuts = torch.empty(rows, 2, dtype=torch.int64, device=device)
     tops = torch.empty(rows, device=device)
     if filtered:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayseek.cluster.next_token import adjust_logits
+from rayseek.cluster.request import Request, SamplingParams
+from rayseek.cluster.sequence import Sequence
 from rayseek.kernels.sample import Draw, gumbel_noise, keep_mask, noise_key, sample, top_logprobs
 
 VOCAB = 257
@@ -30,18 +36,60 @@ def test_noise_is_standard_gumbel() -> None:
     assert torch.isfinite(noise).all()
 
 
-def test_draws_follow_the_distribution() -> None:
-    """Chi-square of 20,000 draws against softmax(logits / T)."""
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf, 0.5])
-    n, temperature = 20_000, 0.7
-    rows = logits.repeat(n, 1)
-    drawn = sample(rows, [Draw(temperature, 0, 1.0, 0.0, 3, position) for position in range(n)])
-    expected = n * torch.softmax(logits / temperature, 0).double()
-    seen = torch.bincount(torch.tensor(drawn), minlength=6).double()
-    assert seen[4] == 0
-    live = expected > 0
-    chi2 = float(((seen - expected)[live] ** 2 / expected[live]).sum())
-    assert chi2 < 18.5  # 4 degrees of freedom, p = 0.001
+def plain_filter(logits: Any, top_k: int, top_p: float, min_p: float) -> set[int]:
+    """Walk down the ids from the most likely and apply each rule as its definition says."""
+    logits = np.asarray(logits, dtype=np.float64)
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    kept = order[:top_k] if top_k else order
+    weights = np.exp(logits[kept] - logits.max())
+    probs = weights / weights.sum()
+    before = np.concatenate([[0.0], np.cumsum(probs)[:-1]])
+    return {
+        i
+        for rank, i in enumerate(kept)
+        if rank == 0 or ((top_p >= 1.0 or before[rank] < top_p) and probs[rank] >= min_p * probs[0])
+    }
+
+
+def fixed_distributions() -> list[tuple[list[float], Draw]]:
+    """Logits and how to draw from them: flat, steep, masked, of many ids, filtered."""
+    rng = np.random.default_rng(20)
+    found = []
+    for number in range(20):
+        size = [3, 6, 12, 40][number % 4]
+        logits = rng.normal(scale=[0.3, 1.0, 2.5][number % 3], size=size)
+        if number % 5 == 1:
+            logits[rng.integers(size)] = -np.inf
+        filters = [(0, 1.0, 0.0), (3, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.15), (5, 0.9, 0.05)]
+        draw = Draw([0.3, 0.7, 1.0, 1.6][number // 5], *filters[number % 5], number, 0)
+        found.append((logits.tolist(), draw))
+    return found
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_draws_follow_the_distribution(number: int) -> None:
+    """Chi-square of 100,000 draws against the softmax of what the filters leave."""
+    logits, draw = fixed_distributions()[number]
+    n = 100_000
+    scaled = np.float32(logits) / np.float32(draw.temperature)
+    kept = sorted(plain_filter(scaled, draw.top_k, draw.top_p, draw.min_p))
+    weights = np.exp(scaled[kept].astype(np.float64) - scaled.max())
+    filtered = [replace(draw, position=position) for position in range(500)]
+    drawn = sample(torch.tensor(logits).repeat(n, 1)[:500], filtered)
+    left = torch.full((len(logits),), -torch.inf)  # filtering once makes 100,000 draws fast
+    left[kept] = torch.tensor(logits)[kept]
+    draws = [Draw(draw.temperature, 0, 1.0, 0.0, draw.seed, position) for position in range(n)]
+    assert drawn == (drawn := sample(left.repeat(n, 1), draws))[:500]
+    seen = np.bincount(drawn, minlength=len(logits))
+    assert seen.sum() == seen[kept].sum(), "an id that was filtered out"
+    expected = n * weights / weights.sum()
+    pooled = expected < 5  # too rare for the approximation: one class
+    seen_classes = [*seen[kept][~pooled], seen[kept][pooled].sum()]
+    expected_classes = [*expected[~pooled], expected[pooled].sum()]
+    chi2 = sum((s - e) ** 2 / e for s, e in zip(seen_classes, expected_classes, strict=True) if e)
+    freedom = max(1, sum(e > 0 for e in expected_classes) - 1)
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
+    assert chi2 < limit  # p = 0.0001 (Wilson and Hilferty); the seeds are fixed
 
 
 def test_greedy_takes_the_lowest_id_of_a_tie() -> None:
@@ -59,23 +107,55 @@ def test_greedy_takes_the_lowest_id_of_a_tie() -> None:
 def test_filters_equal_their_definition(
     tenths: list[int], top_k: int, top_p: float, min_p: float
 ) -> None:
-    """Walk down the ids from the most likely and apply each rule as its definition says."""
     logits = np.array(tenths, dtype=np.float64) / 10
-    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
-    kept = order[:top_k] if top_k else order
-    weights = np.exp(logits[kept] - logits.max())
-    probs = weights / weights.sum()
+    kept = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[: top_k or None]
+    probs = np.exp(logits[kept] - logits.max())
+    probs /= probs.sum()
     before = np.concatenate([[0.0], np.cumsum(probs)[:-1]])
     close = np.minimum(np.abs(before - top_p), np.abs(probs - min_p * probs[0]))
     if (close < 1e-6).any():
         return  # a rounding error away from either answer
-    expected = {
-        i
-        for rank, i in enumerate(kept)
-        if rank == 0 or ((top_p >= 1.0 or before[rank] < top_p) and probs[rank] >= min_p * probs[0])
-    }
     got = keep_mask(torch.tensor(logits, dtype=torch.float32), top_k, top_p, min_p)
-    assert set(got.nonzero().flatten().tolist()) == expected
+    assert set(got.nonzero().flatten().tolist()) == plain_filter(logits, top_k, top_p, min_p)
+
+
+IDS = st.lists(st.integers(0, 15), max_size=8)
+PENALTY = st.sampled_from([0.0, 0.5, -0.7, 2.0])
+
+
+@settings(deadline=None)
+@given(IDS, IDS, PENALTY, PENALTY, st.sampled_from([1.0, 1.3, 0.7]), st.integers(0, 9), st.data())
+def test_penalties_and_bias_equal_their_definition(
+    prompt: list[int],
+    emitted: list[int],
+    frequency: float,
+    presence: float,
+    repetition: float,
+    min_tokens: int,
+    data: st.DataObject,
+) -> None:
+    """Spec 6.1 id by id in float32, exactly: repetition, the other two, bias, early stops."""
+    bias = data.draw(st.dictionaries(st.integers(0, 15), st.sampled_from([-3.0, 0.25, 100.0])))
+    params = SamplingParams(
+        99, frequency_penalty=frequency, presence_penalty=presence, repetition_penalty=repetition,
+        logit_bias=tuple(bias.items()), min_tokens=min_tokens, stop_token_ids=(1, 9),
+    )  # fmt: skip
+    values = data.draw(st.lists(st.floats(-20, 20, width=32), min_size=16, max_size=16))
+    expected = np.array(values, dtype=np.float32)
+    for i in range(16):
+        if i in prompt or i in emitted:
+            factor = np.float32(repetition)
+            expected[i] = expected[i] / factor if expected[i] > 0 else expected[i] * factor
+        if i in emitted:
+            count = np.float32(emitted.count(i))
+            expected[i] -= count * np.float32(frequency) + np.float32(presence)
+        expected[i] += np.float32(bias.get(i, 0.0))
+        if len(emitted) < min_tokens and i in (1, 9):
+            expected[i] = -np.inf
+    request = Request("r", tuple(prompt), params, emitted_ids=tuple(emitted))
+    logits = torch.tensor(values)
+    adjust_logits(logits, Sequence.start(request, 0).place)
+    assert np.array_equal(logits.numpy(), expected)
 
 
 def test_rows_do_not_depend_on_each_other() -> None:

@@ -30,6 +30,7 @@ from rayseek.cluster.sequence import Place, Sequence
 from rayseek.cluster.speculation import DepthPolicy, DraftMeter, choose_depth
 from rayseek.model.batch import PAGE_TOKENS, Batch
 from rayseek.model.cached_model import Passed
+from rayseek.model.latent_cache import LatentCache
 
 log = logging.getLogger("rayseek.engine")
 
@@ -46,6 +47,9 @@ class Model(Protocol):
 
     @property
     def hidden_size(self) -> int: ...
+
+    @property
+    def cache(self) -> LatentCache: ...
 
     def forward(self, batch: Batch) -> Passed: ...
 
@@ -127,6 +131,7 @@ class Engine:
         self.meter = DraftMeter(limits.draft_tokens if model.drafts else 0)
         self._depth_policy = depth_policy
         self._grammars = grammars
+        self._parked: dict[str, Sequence] = {}  # not in the queue until `unpark`
         self._compiling: dict[str, Sequence] = {}  # not in the queue until their grammar is there
         self._waiting: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
@@ -137,7 +142,26 @@ class Engine:
     # ---- requests in ----
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises RequestRefused with what to do about it."""
+        """Queue a request. Raises RequestRefused with what to do about it.
+
+        One with max_tokens 0 samples nothing: it ends when the pages before its last token are
+        in the prefix cache.
+        """
+        self._enqueue(self._accept(request))
+
+    def park(self, request: Request) -> Sequence:
+        """Take a request, but keep it out of the queue until `unpark`: its pages are on their way.
+
+        Raises RequestRefused, as `submit` does.
+        """
+        sequence = self._parked[request.id] = self._accept(request)
+        return sequence
+
+    def unpark(self, request_id: str) -> None:
+        """Queue a parked request, in the order of its arrival."""
+        self._enqueue(self._parked.pop(request_id))
+
+    def _accept(self, request: Request) -> Sequence:
         total = len(request.prompt_ids) + request.sampling.max_tokens
         if not request.prompt_ids:
             raise RequestRefused("the prompt is empty", retryable=False)
@@ -147,28 +171,33 @@ class Engine:
                 f"({request.sampling.max_tokens}) exceed the context of {self.limits.context}",
                 retryable=False,
             )
-        queued = len(self._waiting) + len(self._compiling)
+        queued = len(self._waiting) + len(self._compiling) + len(self._parked)
         if queued >= self.limits.max_queue:
             raise RequestRefused(
                 f"{queued} requests are queued already, the most this engine keeps "
                 "(engine.max_queue); try again later"
             )
-        if any(request.id in d for d in (self._compiling, self._waiting, self._running)):
+        known = (self._parked, self._compiling, self._waiting, self._running)
+        if any(request.id in requests for requests in known):
             raise RequestRefused(f"request id {request.id} is in use", retryable=False)
-        self._arrivals += 1
-        sequence = Sequence.start(request, self._arrivals)
-        if not request.grammar:
-            self._waiting[request.id] = sequence
-        elif self._grammars is None:
+        if request.grammar and self._grammars is None:
             raise RequestRefused("this engine has no grammars", retryable=False)
-        else:
+        self._arrivals += 1
+        return Sequence.start(request, self._arrivals)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        request = sequence.request
+        if request.grammar and self._grammars is not None:
             self._grammars.start(request.id, request.grammar, request.emitted_ids)
             self._compiling[request.id] = sequence
+        else:
+            self._waiting[request.id] = sequence
 
     def cancel(self, request_id: str) -> None:
         """Forget a request and free its pages; unknown ids are fine (it may just have ended)."""
         if self._compiling.pop(request_id, None) and self._grammars:
             self._grammars.cancel(request_id)
+        self._parked.pop(request_id, None)
         self._waiting.pop(request_id, None)
         sequence = self._running.pop(request_id, None)
         if sequence is not None:
@@ -183,7 +212,7 @@ class Engine:
         queued = sum(len(s.ids) - s.computed for s in self._waiting.values())
         return Load(
             running=len(self._running),
-            waiting=len(self._waiting) + len(self._compiling),
+            waiting=len(self._waiting) + len(self._compiling) + len(self._parked),
             pages_held=sum(len(s.pages) for s in self._running.values()),
             pages_total=self.pool.num_pages,
             prompt_tokens_queued=queued,
@@ -209,7 +238,7 @@ class Engine:
         plan = self._plan()
         self._carry_out(plan)
         rows = tuple((self._running[key], count) for key, count in plan.chunks)
-        decoding = sum(s.computed + count >= len(s.ids) for s, count in rows)
+        decoding = sum(s.computed + count >= len(s.ids) and not s.only_prompt for s, count in rows)
         depth = self.meter.choose(self._depth_policy, decoding)
         return StepPlan(rows, depth, tuple(deltas))
 
@@ -302,6 +331,8 @@ class Engine:
             sequence.computed = len(sequence.pages) * PAGE_TOKENS
             if sequence.cached_tokens is None:
                 sequence.cached_tokens = min(sequence.computed, len(sequence.request.prompt_ids))
+                if sequence.cached_before is not None:
+                    sequence.cached_tokens = min(sequence.cached_tokens, sequence.cached_before)
         for key, count in plan.take:
             self._running[key].pages += self.pool.take(count)
 
@@ -309,7 +340,9 @@ class Engine:
         """Run the model over new rows, choose tokens where all known ones are computed, commit."""
         starts = [s.computed for s, _ in rows]
         places = [
-            s.places(s.computed + count - len(s.ids)) if s.computed + count >= len(s.ids) else []
+            s.places(s.computed + count - len(s.ids))
+            if s.computed + count >= len(s.ids) and not s.only_prompt
+            else []
             for s, count in rows
         ]
         batch = Batch.of_sequences(
@@ -330,8 +363,10 @@ class Engine:
             if own:
                 deltas += self._commit(sequence, tokens[first_token : first_token + len(own)])
             else:
-                sequence.computed += count
+                sequence.computed = min(start + count, len(sequence.ids) - 1)
                 self._publish(sequence, start)
+                if sequence.only_prompt and sequence.computed == len(sequence.ids) - 1:
+                    deltas.append(self._end(sequence, (), FinishReason.LENGTH))
             if self.meter.most:
                 assert passed.normed_TD is not None
                 final = first_row + sequence.computed - start  # behind it, drafts that fell

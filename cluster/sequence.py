@@ -25,6 +25,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of the full pages of `ids`
     cached_tokens: int | None = None  # prompt tokens the first prefill skipped
+    cached_before: int | None = None  # of handed-over pages: tokens somebody had cached before
     counts: dict[int, int] = field(default_factory=dict)  # emitted tokens, for penalties
     matcher: LLMatcher | None = None  # has consumed the emitted tokens; None: no grammar
     drafts: list[int] = field(default_factory=list)  # guesses of what comes after `ids`
@@ -45,6 +46,11 @@ class Sequence:
     @property
     def num_emitted(self) -> int:
         return len(self.ids) - len(self.request.prompt_ids)
+
+    @property
+    def only_prompt(self) -> bool:
+        """Nothing is sampled: all that is wanted are the pages of `chain`."""
+        return self.request.sampling.max_tokens == 0
 
     @property
     def chain(self) -> list[bytes]:

@@ -134,4 +134,4 @@ def _sum(random: Random, language: Language) -> Chat:
     )
 
 
-TASKS = (Task("arithmetic", _sum, 18),)
+TASKS = (Task("arithmetic", _sum, 24),)

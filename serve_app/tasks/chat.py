@@ -103,4 +103,4 @@ def ask(random: Random, language: Language) -> Chat:
     )
 
 
-TASKS = (Task("chat", ask, weight=14),)
+TASKS = (Task("chat", ask, weight=9),)

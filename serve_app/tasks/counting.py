@@ -209,4 +209,4 @@ def _count(random: Random, language: Language) -> Chat:
     return _count_up(random, language)
 
 
-TASKS = (Task("count", _count, 8),)
+TASKS = (Task("count", _count, 10),)

@@ -134,4 +134,4 @@ def _fill(random: Random, language: Language) -> Fill:
     )
 
 
-TASKS = (Task("fim", _fill, 10),)
+TASKS = (Task("fim", _fill, 12),)

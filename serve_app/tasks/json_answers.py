@@ -277,4 +277,4 @@ def _json(random: Random, language: Language) -> Chat:
     return (_exam if roll < 0.88 else _list)(random, language)
 
 
-TASKS = (Task("json", _json, 12),)
+TASKS = (Task("json", _json, 10),)

@@ -106,4 +106,4 @@ def _sort(random: Random, language: Language) -> Chat:
     return (_sorted_words if words else _sorted_numbers)(random, language)
 
 
-TASKS = (Task("sort", _sort, 8),)
+TASKS = (Task("sort", _sort, 11),)

@@ -188,4 +188,4 @@ def make(random: Random, language: Language) -> Chat:
     return _call(random, language, answered=roll < 0.48)
 
 
-TASKS = (Task("tools", make, weight=20),)
+TASKS = (Task("tools", make, weight=9),)

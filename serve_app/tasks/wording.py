@@ -21,6 +21,7 @@ _TOKEN = re.compile(r"[()|]|[^()|]+")
 _WORD = re.compile(r"(?<![\w{])[a-z]{4,}(?![\w}])", re.IGNORECASE)
 _SLOT = re.compile(r"\{(\w+)\}")
 _NOT_LETTERS = re.compile(r"[\W_]+")
+_ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou])")
 
 # What may stand before or after a question; {} is the question.
 _POLITE: dict[Language, tuple[str, ...]] = {
@@ -80,6 +81,11 @@ def drawn(random: Random, pattern: str) -> str:
 def plain(text: str) -> str:
     """What is left of a wording without case, punctuation and spaces; for keys and comparisons."""
     return _NOT_LETTERS.sub("", text.lower())
+
+
+def with_articles(text: str) -> str:
+    """English with "an" before the vowels a, e, i, o, u."""
+    return _ARTICLE.sub(r"\1n ", text)
 
 
 def filled(text: str, *values: object) -> str:

@@ -11,16 +11,12 @@ import asyncio
 import json
 import multiprocessing
 import random
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-
-from rich.console import Console
-from rich.table import Table
 
 from rayseek.cluster.config import (
     ApiSettings,
@@ -29,65 +25,12 @@ from rayseek.cluster.config import (
     IngressSettings,
     ModelSettings,
 )
+from rayseek.serve_app.bench_figures import Clock, Point, Result, print_table, summarise
+
+if TYPE_CHECKING:
+    from rayseek.cluster.engine import Engine
 
 FIRST_ORDINARY_ID = 3  # below: begin, end, pad
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One load: `streams` clients, each sending `rounds` requests one after another."""
-
-    streams: int
-    prompt: int
-    output: int
-
-    @property
-    def rounds(self) -> int:
-        return max(2, 8 // self.streams)
-
-
-@dataclass(slots=True)
-class Clock:
-    """Arrival times of one request's tokens: (seconds, tokens so far)."""
-
-    sent: float
-    arrivals: list[tuple[float, int]] = field(default_factory=list)
-
-    def arrived(self, tokens: int) -> None:
-        so_far = self.arrivals[-1][1] if self.arrivals else 0
-        self.arrivals.append((time.perf_counter(), so_far + tokens))
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """Figures of one point. Rates over the whole run, latencies as medians over requests."""
-
-    system: str
-    streams: int
-    prompt: int
-    output_tokens: int
-    tokens_per_s: float
-    ttft_ms: float
-    itl_ms: float
-
-
-def summarise(system: str, point: Point, clocks: list[Clock], seconds: float) -> Result:
-    """itl: time between first and last token over the tokens in between."""
-    tokens = sum(c.arrivals[-1][1] for c in clocks)
-    spans = [
-        (c.arrivals[-1][0] - c.arrivals[0][0]) / (c.arrivals[-1][1] - c.arrivals[0][1])
-        for c in clocks
-        if c.arrivals[-1][1] > c.arrivals[0][1]
-    ]
-    return Result(
-        system,
-        point.streams,
-        point.prompt,
-        tokens,
-        tokens / seconds,
-        1e3 * statistics.median(c.arrivals[0][0] - c.sent for c in clocks),
-        1e3 * statistics.median(spans) if spans else 0.0,
-    )
 
 
 def random_prompt(rng: random.Random, length: int, vocab: int) -> tuple[int, ...]:
@@ -98,41 +41,53 @@ def random_prompt(rng: random.Random, length: int, vocab: int) -> tuple[int, ...
 
 
 def engine_results(model: Path, settings: EngineSettings, points: list[Point]) -> list[Result]:
-    """The engine alone, stepped in this process."""
+    """The engine alone, stepped in this process; with drafts and without in turn, if it drafts."""
     import torch
 
     from rayseek.cluster.build import build_engine
-    from rayseek.cluster.request import Request, SamplingParams
 
     torch.set_num_threads(1)
-    engine = build_engine(model, settings)
     vocab = ordinary_ids(model)
-    rng = random.Random(0)
-    results = []
-    for point in [Point(2, 32, 8), *points]:  # the first warms up
-        clocks: dict[str, Clock] = {}
-        left = dict.fromkeys(range(point.streams), point.rounds)
+    drafting = build_engine(model, settings)
+    plain = build_engine(model, settings.model_copy(update={"draft_tokens": 0}))
+    name, results = "engine in-process", []
+    engine_result(name, drafting, vocab, Point(2, 32, 8))  # warms up
+    for point in points:
+        without = engine_result(f"{name}, no drafts", plain, vocab, point)
+        if drafting.meter.most:
+            result = engine_result(name, drafting, vocab, point)
+            results.append(replace(result, gain=result.tokens_per_s / without.tokens_per_s))
+        results.append(without)
+    return results
 
-        def submit(stream: int, point: Point = point, left: dict[int, int] = left,
-                   clocks: dict[str, Clock] = clocks) -> None:  # fmt: skip
-            left[stream] -= 1
-            name = f"{stream}:{left[stream]}"
-            sampling = SamplingParams(point.output, temperature=0.3, seed=stream)
-            clocks[name] = Clock(time.perf_counter())
-            engine.submit(Request(name, random_prompt(rng, point.prompt, vocab), sampling))
 
-        began = time.perf_counter()
-        for stream in left:
-            submit(stream)
-        while engine.busy:
-            for delta in engine.step():
-                clocks[delta.request_id].arrived(len(delta.tokens))
-                stream = int(delta.request_id.split(":")[0])
-                if delta.finish and left[stream]:
-                    submit(stream)
-        seconds = time.perf_counter() - began
-        results.append(summarise("engine in-process", point, list(clocks.values()), seconds))
-    return results[1:]
+def engine_result(system: str, engine: Engine, vocab: int, point: Point) -> Result:
+    from rayseek.cluster.request import Request, SamplingParams
+
+    rng = random.Random(point.streams * point.prompt)
+    clocks: dict[str, Clock] = {}
+    left = dict.fromkeys(range(point.streams), point.rounds)
+
+    def submit(stream: int) -> None:
+        left[stream] -= 1
+        name = f"{stream}:{left[stream]}"
+        sampling = SamplingParams(point.output, temperature=0.3, seed=stream)
+        clocks[name] = Clock(time.perf_counter())
+        engine.submit(Request(name, random_prompt(rng, point.prompt, vocab), sampling))
+
+    began = time.perf_counter()
+    for stream in left:
+        submit(stream)
+    while engine.busy:
+        for delta in engine.step():
+            clock = clocks[delta.request_id]
+            clock.arrived(len(delta.tokens))
+            clock.accepted += sum(token.drafted for token in delta.tokens)
+            clock.rejected += sum(token.rejected for token in delta.tokens)
+            stream = int(delta.request_id.split(":")[0])
+            if delta.finish and left[stream]:
+                submit(stream)
+    return summarise(system, point, list(clocks.values()), time.perf_counter() - began)
 
 
 def transformers_results(model: Path, points: list[Point]) -> list[Result]:
@@ -201,8 +156,11 @@ async def http_stream(url: str, key: str, body: dict[str, Any]) -> Clock:
             clock.arrived(len(tokens))
         last = next((e for e in reversed(events) if b'"usage":{' in e), last)
     writer.close()
-    usage = last[last.index(b'"completion_tokens":') :].split(b":", 1)[1]
-    exact = int(usage[: min(i for i, c in enumerate(usage) if not chr(c).isdigit() and c != 32)])
+    usage = json.loads(last.removeprefix(b"data: "))["usage"]
+    exact = usage["completion_tokens"]
+    drafts = usage.get("completion_tokens_details") or {}
+    clock.accepted = drafts.get("accepted_prediction_tokens") or 0
+    clock.rejected = drafts.get("rejected_prediction_tokens") or 0
     if not clock.arrivals:
         clock.arrived(exact)
     at, _ = clock.arrivals[-1]  # texts may hold several tokens, or none; the usage counts them
@@ -294,14 +252,3 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         arguments.json.write_text(document + "\n")
     print(document)
-
-
-def print_table(results: list[Result]) -> None:
-    table = Table(title="Output tokens/s; medians of time to first token and between tokens")
-    for column in ("streams", "prompt", "system", "tokens/s", "TTFT ms", "ITL ms"):
-        table.add_column(column, justify="left" if column == "system" else "right")
-    for r in sorted(results, key=lambda r: (r.prompt, r.streams)):
-        ttft = f"{r.ttft_ms:.0f}" if r.ttft_ms else "-"
-        table.add_row(str(r.streams), str(r.prompt), r.system, f"{r.tokens_per_s:.0f}", ttft,
-                      f"{r.itl_ms:.2f}")  # fmt: skip
-    Console().print(table)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from rayseek.cluster.engine import Engine, EngineLimits
@@ -25,6 +26,7 @@ from rayseek.model.transformer import Transformer
 from rayseek.model.vocabulary import undefined_ids
 
 torch.set_num_threads(1)
+settings.register_profile("long", max_examples=2000)  # pytest --hypothesis-profile long
 
 TINY = replace(
     SMALL, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,

@@ -23,7 +23,9 @@ from rayseek.model.cached_model import Passed
 
 EngineMaker = Callable[..., Engine]
 FEW = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=settings.default.max_examples // 4,  # 25, and 500 with the profile "long"
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 EOS = 1
 

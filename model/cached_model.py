@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rayseek.model.batch import Batch
+from rayseek.model.decode_graphs import DecodeGraphs
 from rayseek.model.latent_cache import LatentCache
 from rayseek.model.mtp import MTPModule
 from rayseek.model.transformer import Transformer
@@ -35,17 +36,26 @@ class CachedModel:
     The module's latents are one more layer of every page. Slot i belongs to (hidden state i,
     token i + 1), so the last slot of a page knows the first token of the next page. A sequence
     that shares the page may have another token there; the slot is a hint like every draft, and
-    costs at most a rejected one.
+    costs at most a rejected one. graphs: on a GPU whose experts are all here, run small batches
+    as CUDA graphs (`decode_graphs.py`), which takes one page more.
     """
 
     def __init__(
-        self, transformer: Transformer, num_pages: int, mtp: MTPModule | None = None
+        self,
+        transformer: Transformer,
+        num_pages: int,
+        mtp: MTPModule | None = None,
+        graphs: bool = False,
     ) -> None:
         self.transformer, self.mtp = transformer, mtp
         config = transformer.config
         layers = config.num_hidden_layers + (mtp is not None)
-        self.cache = LatentCache(config, num_pages, transformer.ops, layers)
+        self.cache = LatentCache(config, num_pages + graphs, transformer.ops, layers)
         self.device = transformer.embed_VD.device
+        self._graphs: DecodeGraphs | None = None
+        if graphs:
+            widths = config.vocab_size, config.hidden_size
+            self._graphs = DecodeGraphs(self._forward, num_pages, *widths, self.device)
         self._main = self.cache.layers[: config.num_hidden_layers]
 
     @property
@@ -60,11 +70,16 @@ class CachedModel:
 
     def forward(self, batch: Batch, micro_batches: int = 1) -> Passed:
         """The main model over new rows; writes their latents."""
-        model, batch = self.transformer, batch.to(self.device)
+        if self._graphs is not None and (passed := self._graphs.run(batch)):
+            return Passed(*passed)
+        return Passed(*self._forward(batch.to(self.device), micro_batches))
+
+    def _forward(self, batch: Batch, micro_batches: int = 1) -> tuple[Tensor, Tensor | None]:
+        model = self.transformer
         x_TD = model.hidden(batch, self._main, micro_batches)
         out_RD = x_TD if len(batch.out_rows_R) == len(x_TD) else x_TD[batch.out_rows_R]
         normed = model.ops.rms_norm(x_TD, model.final_norm) if self.mtp is not None else None
-        return Passed(model.logits(out_RD), normed)
+        return model.logits(out_RD), normed
 
     def draft(self, batch: Batch, hidden_TD: Tensor) -> Passed:
         """One draft pass. batch.ids_T[t] follows the token at whose position hidden_TD[t] is.

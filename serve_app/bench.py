@@ -53,7 +53,7 @@ def engine_results(model: Path, settings: EngineSettings, points: list[Point]) -
     name, results = "engine in-process", []
     engine_result(name, drafting, vocab, Point(2, 32, 8))  # warms up
     for point in points:
-        without = engine_result(f"{name}, no drafts", plain, vocab, point)
+        without = engine_result("engine, no drafts", plain, vocab, point)
         if drafting.meter.most:
             result = engine_result(name, drafting, vocab, point)
             results.append(replace(result, gain=result.tokens_per_s / without.tokens_per_s))

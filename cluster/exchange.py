@@ -27,7 +27,9 @@ from rayseek.cluster.group import Group, Transfer
 from rayseek.cluster.placement import ExpertPlacement, Home
 from rayseek.cluster.routes import Hop, make_hops
 from rayseek.cluster.wire_rows import WireRows
+from rayseek.kernels.native import NativeOps
 from rayseek.kernels.ops import SplitOps
+from rayseek.kernels.row_places import NativePlaces, RowPlaces, TorchPlaces
 from rayseek.model.micro_batches import part_sizes
 
 Mode = Literal["exact", "fixed", "static"]
@@ -78,6 +80,9 @@ class Exchange:
     ) -> None:
         assert (holding is not None) == (group.rank in holders)
         self.group, self.placement, self.ops, self.mode = group, placement, ops, mode
+        self.places: RowPlaces = (
+            NativePlaces(ops.library) if isinstance(ops, NativeOps) else TorchPlaces()
+        )
         self.holding, self.wire, self.hidden = holding, WireRows(hidden, top_k, fp8), hidden
         me, device = group.rank, group.device
         here = holders.index(me) if me in holders else None
@@ -129,8 +134,8 @@ class Exchange:
         """
         rows = self.rows[self._next_part]
         self._next_part = (self._next_part + 1) % len(self.rows)
-        mine = len(x_TD) if self.mode == "exact" else rows[self.group.rank]
-        if len(x_TD) > mine:
+        mine = x_TD.shape[0] if self.mode == "exact" else rows[self.group.rank]
+        if x_TD.shape[0] > mine:
             raise ValueError(f"layer {layer}: {len(x_TD)} rows where this member announced {mine}")
         self.at(layer, "send")
         slot_TK = self._choices[layer].slots(expert_TK)
@@ -166,16 +171,18 @@ class Exchange:
     ) -> tuple[Transfer, Tensor]:
         """Start sending `rows`, split by member; the other tensor will hold what comes."""
         out = torch.empty(sum(expected), rows.shape[1], dtype=rows.dtype, device=rows.device)
-        self.bytes_sent += (len(rows) - splits[self.group.rank]) * rows.shape[1] * 4
+        self.bytes_sent += (rows.shape[0] - splits[self.group.rank]) * rows.shape[1] * 4
         what = f"pass {self.position.number}, layer {layer}, {stage}"
         return self.group.all_to_all(out, rows, expected, splits, what), out
 
     def count(self, layer: int, slots: Tensor) -> None:
-        """Count the rows of each of our slots; -1 is none."""
+        """Count the rows of each of our slots; -1 (in static mode) is none."""
         counts = self._slot_rows[layer]
-        counts.scatter_add_(
-            0, slots.long() % len(counts), torch.ones_like(slots, dtype=torch.int64)
-        )
+        if self.mode == "static":
+            ones_N = torch.ones_like(slots, dtype=torch.int64)
+            counts.scatter_add_(0, slots.long() % counts.shape[0], ones_N)
+        else:
+            counts += torch.bincount(slots, minlength=counts.shape[0])
 
 
 class Pending:
@@ -209,7 +216,7 @@ class Pending:
         exchange, layer = self._exchange, self._layer
         exchange.wait(self._transfer, layer, "return")
         exchange.at(layer, "combine")
-        if len(into_TD):
+        if into_TD.shape[0]:
             exchange.ops.combine(self._arriving, self._index_TK, weight_TK, into_TD)
         exchange.at(layer, "")
 
@@ -217,19 +224,17 @@ class Pending:
         """Send each row to those members that a hop wants it at; and what will come."""
         exchange, members = self._exchange, self._exchange.group.size
         if exchange.mode == "exact":
-            to_TK = hop.member_of_slot[exchange.wire.slots(packed)]
-            wanted = torch.zeros(len(packed), members + 1, dtype=torch.bool, device=packed.device)
-            wanted_TM = wanted.scatter_(1, to_TK, True)[:, :members]
-            row_N = wanted_TM.T.nonzero()[:, 1]
-            counts, ones = wanted_TM.sum(0), [1] * members
+            slots_RK = exchange.wire.slots(packed)
+            row_N, splits = exchange.places.wanted(slots_RK, hop.member_of_slot, members)
+            counts, ones = torch.tensor(splits, device=packed.device), [1] * members
             coming = torch.empty_like(counts)
             exchange.at(self._layer, "counts")
             what = f"pass {exchange.position.number}, layer {self._layer}, counts"
             exchange.group.all_to_all(coming, counts, ones, ones, what).wait()
             exchange.at(self._layer, "send")
-            splits, expected, packed = counts.tolist(), coming.tolist(), packed[row_N]
+            expected, packed = coming.tolist(), packed[row_N]
         else:
-            splits = [len(packed) if m in hop.targets else 0 for m in range(members)]
+            splits = [packed.shape[0] if m in hop.targets else 0 for m in range(members)]
             expected = [sum(self._rows[home] for home in homes) for homes in hop.carried]
             packed = packed.repeat(len(hop.targets), 1)
         return exchange.send(self._layer, "dispatch", packed, splits, expected)
@@ -237,18 +242,14 @@ class Pending:
     def _places(self, slot_TK: Tensor) -> tuple[Tensor, list[int]]:
         """Where the product of each (row, expert) will be, and how many come from each member."""
         exchange, members = self._exchange, self._exchange.group.size
-        to_N = exchange.holder_of_slot.member_of_slot[slot_TK].flatten()
-        count_N = torch.arange(len(to_N), dtype=torch.int32, device=to_N.device)
-        if exchange.mode == "static":
-            each = self._rows[exchange.group.rank] * exchange.wire.top_k
-            expected = [each if m in exchange.holder_of_slot.targets else 0 for m in range(members)]
-            before = torch.tensor([0, *expected], device=to_N.device).cumsum(0).int()
-            place_N = before[to_N] + count_N
-        else:
-            expected = torch.bincount(to_N, minlength=members).tolist()
-            place_N = torch.empty_like(count_N)
-            place_N[to_N.argsort(stable=True)] = count_N
-        return place_N.view(slot_TK.shape), expected
+        lookup = exchange.holder_of_slot.member_of_slot
+        if exchange.mode != "static":
+            return exchange.places.places(slot_TK, lookup, members)
+        each = self._rows[exchange.group.rank] * exchange.wire.top_k
+        expected = [each if m in exchange.holder_of_slot.targets else 0 for m in range(members)]
+        before_M = torch.tensor([0, *expected], device=lookup.device).cumsum(0)
+        count_TK = torch.arange(slot_TK.numel(), device=lookup.device).view(slot_TK.shape)
+        return (before_M[lookup[slot_TK]] + count_TK).int(), expected
 
     def _products(self, packed: Tensor) -> tuple[Tensor, list[int]]:
         """What our experts make of rows that came, by home; and how many go to each member."""
@@ -260,17 +261,16 @@ class Pending:
         if len(exchange.hops) > 1:  # relays mix homes, but keep the order of each
             order_R = home_R.argsort(stable=True)
             packed, home_R = packed[order_R], home_R[order_R]
-        slots = exchange.placement.slots_per_holder
-        slot_RK = wire.slots(packed) - exchange.first_slot
-        ours_RK = (slot_RK >= 0) & (slot_RK < slots)
+        first, slots = exchange.first_slot, exchange.placement.slots_per_holder
+        slot_RK = wire.slots(packed)
         if exchange.mode == "static":
-            row_N = torch.arange(len(packed), device=packed.device).repeat_interleave(wire.top_k)
-            slot_N = torch.where(ours_RK, slot_RK, -1).flatten()
+            row_N = torch.arange(packed.shape[0], device=packed.device)
+            row_N = row_N.int().repeat_interleave(wire.top_k)
+            ours_RK = (slot_RK >= first) & (slot_RK < first + slots)
+            slot_N = torch.where(ours_RK, slot_RK - first, -1).flatten()
             splits = [n * wire.top_k for n in self._rows]
         else:
-            row_N = ours_RK.nonzero()[:, 0]
-            slot_N = slot_RK[ours_RK]
-            splits = torch.bincount(home_R[row_N], minlength=members).tolist()
+            row_N, slot_N, splits = exchange.places.picked(slot_RK, first, slots, home_R, members)
         exchange.count(self._layer, slot_N)
         return holding.compute(self._layer, wire.values(packed), row_N, slot_N), splits
 

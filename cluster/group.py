@@ -7,13 +7,14 @@ abort and nothing to repair: whoever cannot go on closes its end, and a new epoc
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore, Work
+from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore, Work
 
 
 class ExchangeBroken(RuntimeError):
@@ -42,6 +43,9 @@ class Group:
     prefix: the same for all members, new for every epoch. timeout_s: how long an exchange, or the
     forming, may take. device: "cpu", or the "cuda" device of this process. Blocks until all are
     there; raises ExchangeBroken if they are not in time, or the store cannot be reached.
+
+    Connecting to a TCPStore can take seconds where the names of addresses resolve badly: both ends
+    look each other's up. Who makes many groups connects once and uses `through`.
     """
 
     def __init__(
@@ -54,20 +58,45 @@ class Group:
         timeout_s: float,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.rank, self.size, self.device = rank, size, torch.device(device)
         limit = timedelta(seconds=timeout_s)
+        try:
+            store = TCPStore(store_host, store_port, None, False, limit)
+        except RuntimeError as error:
+            raise ExchangeBroken(
+                f"store {store_host}:{store_port} of group {prefix}: {_first_line(error)}"
+            ) from error
+        self._form(store, prefix, rank, size, limit, torch.device(device))
+
+    @classmethod
+    def through(
+        cls,
+        store: Store,
+        prefix: str,
+        rank: int,
+        size: int,
+        timeout_s: float,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """The same through a connection that exists, and that nobody else uses meanwhile."""
+        group = cls.__new__(cls)
+        group._form(store, prefix, rank, size, timedelta(seconds=timeout_s), torch.device(device))
+        return group
+
+    def _form(
+        self, store: Store, prefix: str, rank: int, size: int, limit: timedelta, on: torch.device
+    ) -> None:
+        self.rank, self.size, self.device = rank, size, on
         self._group: Any = None
         try:
-            client = TCPStore(store_host, store_port, None, False, limit)
-            store = PrefixStore(prefix, client)
-            if self.device.type == "cpu":
-                self._group = ProcessGroupGloo(store, rank, size, limit)
+            keys = PrefixStore(prefix, store)
+            if on.type == "cpu":
+                self._group = ProcessGroupGloo(keys, rank, size, limit)
             else:
                 from torch._C._distributed_c10d import ProcessGroupNCCL  # not in CPU builds
 
                 options = ProcessGroupNCCL.Options()
                 options._timeout = limit
-                self._group = ProcessGroupNCCL(store, rank, size, options)
+                self._group = ProcessGroupNCCL(keys, rank, size, options)
         except RuntimeError as error:
             raise ExchangeBroken(
                 f"forming group {prefix} as member {rank} of {size}: {_first_line(error)}"
@@ -104,6 +133,16 @@ class Group:
     def close(self) -> None:
         """Leave: closes the connections, which ends the group for all members. Idempotent."""
         self._group = None
+
+
+def open_store(host: str) -> TCPStore:
+    """A key-value store of this process, on a free port of this address only."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family)
+    port = listener.getsockname()[1]
+    return TCPStore(
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 def _first_line(error: Exception) -> str:

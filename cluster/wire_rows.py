@@ -26,7 +26,7 @@ class WireRows:
 
     def pack(self, x_TD: Tensor, slot_TK: Tensor, home: int, rows: int) -> Tensor:
         """int32 [rows, width] of T <= rows tokens; the rest want nothing."""
-        tokens = len(x_TD)
+        tokens = x_TD.shape[0]
         packed = torch.empty(rows, self.width, dtype=torch.int32, device=x_TD.device)
         head = packed[:tokens]
         if self.fp8:

@@ -12,6 +12,7 @@
 
 #include "native_attention.h"
 #include "native_matrix.h"
+#include "native_rows.h"
 
 // ---------------------------------------------------------------- routed experts
 
@@ -234,5 +235,19 @@ int rs_expert_rows(const float* x, long ldx, long N, const int32_t* rows, const 
 int rs_combine(const float* y, long M, long T, long K, const int32_t* index, const float* weights,
                long D, float* into, long ldi) {
     return combine(y, M, T, K, index, weights, D, into, ldi);
+}
+
+void rs_row_places(const int32_t* slot, long N, const int64_t* table, long entries, long M,
+                   int32_t* place, int64_t* count) {
+    row_places(slot, N, table, entries, M, place, count);
+}
+long rs_wanted_rows(const int32_t* slot, long stride, long R, long K, const int64_t* table,
+                    long entries, long M, int32_t* row, int64_t* count) {
+    return wanted_rows(slot, stride, R, K, table, entries, M, row, count);
+}
+long rs_picked_slots(const int32_t* slot, long stride, long R, long K, int first, int slots,
+                     const int32_t* home, long home_stride, long M, int32_t* row, int32_t* local,
+                     int64_t* count) {
+    return picked_slots(slot, stride, R, K, first, slots, home, home_stride, M, row, local, count);
 }
 }

@@ -170,13 +170,13 @@ class NativeOps:
     def expert_rows(
         self, x_TD: Tensor, row_N: Tensor, expert_N: Tensor, packed: NativeExperts
     ) -> Tensor:
-        if not packed.count or not len(row_N):
-            return torch.zeros(len(row_N), x_TD.shape[1])
+        if not packed.count or not row_N.shape[0]:
+            return torch.zeros(row_N.shape[0], x_TD.shape[1])
         x = _rows(x_TD, packed.gate_up[0].k)
         row_N, expert_N = _ints(row_N), _ints(expert_N)
-        out = torch.empty(len(row_N), packed.down[0].n)
+        out = torch.empty(row_N.shape[0], packed.down[0].n)
         if self.library.rs_expert_rows(
-            x.data_ptr(), x.stride(0), len(row_N), row_N.data_ptr(), expert_N.data_ptr(),
+            x.data_ptr(), x.stride(0), row_N.shape[0], row_N.data_ptr(), expert_N.data_ptr(),
             packed.count, packed.gate_up_array, packed.down_array, out.data_ptr(),
         ):  # fmt: skip
             raise ValueError(f"expert ids must be -1..{packed.count - 1}, the experts packed")
@@ -188,10 +188,10 @@ class NativeOps:
         rows, top_k = index_TK.shape
         index, weight = _ints(index_TK), _rows(weight_TK, top_k).contiguous()
         if self.library.rs_combine(
-            y.data_ptr(), len(y), rows, top_k, index.data_ptr(), weight.data_ptr(), y.shape[1],
+            y.data_ptr(), y.shape[0], rows, top_k, index.data_ptr(), weight.data_ptr(), y.shape[1],
             into_TD.data_ptr(), into_TD.stride(0),
         ):  # fmt: skip
-            raise ValueError(f"indices must be 0..{len(y) - 1}, the rows that came back")
+            raise ValueError(f"indices must be 0..{y.shape[0] - 1}, the rows that came back")
 
 
 def _rows(x: Tensor, width: int) -> Tensor:

@@ -42,6 +42,10 @@ SIGNATURES: dict[str, list[Any]] = {
     "rs_experts": [POINTER, LONG, LONG, LONG, POINTER, POINTER]
     + [LONG, POINTER, POINTER, POINTER, LONG],
     "rs_expert_rows": [POINTER, LONG, LONG, POINTER, POINTER, LONG, POINTER, POINTER, POINTER],
+    "rs_row_places": [POINTER, LONG, POINTER, LONG, LONG, POINTER, POINTER],
+    "rs_wanted_rows": [POINTER, LONG, LONG, LONG, POINTER, LONG, LONG, POINTER, POINTER],
+    "rs_picked_slots": [POINTER, LONG, LONG, LONG, INT, INT, POINTER, LONG, LONG]
+    + [POINTER, POINTER, POINTER],
     "rs_combine": [POINTER, LONG, LONG, LONG, POINTER, POINTER, LONG, POINTER, LONG],
 }
 
@@ -66,6 +70,7 @@ def load_native(target: str = "native") -> tuple[ctypes.CDLL, bool]:
         getattr(library, name).restype = None
     for name in ("rs_experts", "rs_expert_rows", "rs_combine"):
         getattr(library, name).restype = INT
+    library.rs_wanted_rows.restype = library.rs_picked_slots.restype = LONG
     library.rs_init.restype = INT
     return library, bool(library.rs_init())
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,9 +96,23 @@ def every() -> Everything:
         pytest.skip(str(error))
 
 
+class Stores:
+    """A key-value store, and a connection to it for each member."""
+
+    def __init__(self) -> None:
+        self.server = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        self.port = self.server.port
+        self._clients: dict[int, TCPStore] = {}
+
+    def group(self, prefix: str, me: int, size: int, timeout_s: float = 60) -> Group:
+        if me not in self._clients:
+            self._clients[me] = TCPStore("127.0.0.1", self.port, None, False)
+        return Group.through(self._clients[me], prefix, me, size, timeout_s)
+
+
 @pytest.fixture(scope="module")
-def store() -> Iterator[TCPStore]:
-    yield TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+def store() -> Stores:
+    return Stores()
 
 
 NAMES = itertools.count()
@@ -108,7 +122,7 @@ NAMES = itertools.count()
 class Unit:
     """Members as threads of this process. nodes: of each; the last `holders` of them hold."""
 
-    store: TCPStore
+    store: Stores
     every: Everything
     nodes: list[int]
     holders: list[int]
@@ -116,7 +130,7 @@ class Unit:
     hierarchical: bool = False
     redundant: int = 0
     fp8: bool = False
-    timeout_s: float = 10.0
+    timeout_s: float = 60.0
     exchanges: dict[int, Exchange] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -131,9 +145,7 @@ class Unit:
 
         def member(me: int) -> Any:
             with torch.inference_mode():
-                group = Group(
-                    "127.0.0.1", self.store.port, prefix, me, len(self.nodes), self.timeout_s
-                )
+                group = self.store.group(prefix, me, len(self.nodes), self.timeout_s)
                 self.exchanges[me] = exchange = Exchange(
                     group, self.placement, self.holders, self.nodes, self.held.get(me),
                     self.every.ops, D, TOP_K, self.mode, self.hierarchical, self.fp8,
@@ -219,7 +231,7 @@ def check(unit: Unit, rows: list[int], seed: int, parts: int = 1) -> None:
 )
 @FEW
 def test_spread_experts_are_local_experts(
-    every: Everything, store: TCPStore, mode: Mode, attention: int, dedicated: int,
+    every: Everything, store: Stores, mode: Mode, attention: int, dedicated: int,
     redundant: int, parts: int, counts: list[int], nodes: int, hierarchical: bool, seed: int,
 ) -> None:  # fmt: skip
     members = attention + dedicated
@@ -230,7 +242,7 @@ def test_spread_experts_are_local_experts(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_rows_are_counted_at_their_slots(every: Everything, store: TCPStore, mode: Mode) -> None:
+def test_rows_are_counted_at_their_slots(every: Everything, store: Stores, mode: Mode) -> None:
     unit = Unit(store, every, [0, 0, 0], [1, 2], mode, redundant=2)
     check(unit, [20, 0, 0], 3)
     counted = [unit.exchanges[member].take_slot_rows() for member in unit.holders]
@@ -245,7 +257,7 @@ def test_rows_are_counted_at_their_slots(every: Everything, store: TCPStore, mod
         assert per_expert == torch.bincount(ids.flatten(), minlength=EXPERTS).tolist()
 
 
-def test_fp8_rows_give_what_their_rounded_values_give(every: Everything, store: TCPStore) -> None:
+def test_fp8_rows_give_what_their_rounded_values_give(every: Everything, store: Stores) -> None:
     unit = Unit(store, every, [0, 0], [0, 1], fp8=True)
     got = unit.run(lambda exchange: run_pass(exchange, [9, 0], 5, 1))[0]
     for layer, result in zip(LAYERS, got, strict=True):
@@ -258,7 +270,7 @@ def test_fp8_rows_give_what_their_rounded_values_give(every: Everything, store: 
 
 @pytest.mark.parametrize("mode", ["exact", "fixed"])
 def test_a_node_is_sent_one_copy_of_a_row(
-    every: Everything, store: TCPStore, mode: Mode, monkeypatch: pytest.MonkeyPatch
+    every: Everything, store: Stores, mode: Mode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: dict[tuple[int, int], int] = {}
     plain = Group.all_to_all
@@ -280,7 +292,7 @@ def test_a_node_is_sent_one_copy_of_a_row(
     assert sent[0, 3] == 0 and sent[2, 3] > 0
 
 
-def test_more_rows_than_announced_are_refused(every: Everything, store: TCPStore) -> None:
+def test_more_rows_than_announced_are_refused(every: Everything, store: Stores) -> None:
     def work(exchange: Exchange) -> None:
         exchange.start_pass(1, [2])
         mine = Rows.of(0, 1, 3, 1)
@@ -293,7 +305,7 @@ def test_more_rows_than_announced_are_refused(every: Everything, store: TCPStore
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("parts", [1, 2])
 def test_whoever_leaves_ends_the_pass_for_all(
-    every: Everything, store: TCPStore, mode: Mode, parts: int
+    every: Everything, store: Stores, mode: Mode, parts: int
 ) -> None:
     unit = Unit(store, every, [0, 0, 0, 0], [2, 3], mode)
     left = threading.Event()
@@ -309,14 +321,12 @@ def test_whoever_leaves_ends_the_pass_for_all(
 
     start = time.monotonic()
     outcomes = unit.run(work)
-    assert left.is_set() and time.monotonic() - start < 5
+    assert left.is_set() and time.monotonic() - start < 30
     assert all(isinstance(outcome, ExchangeBroken) for outcome in outcomes)
     assert all("pass 5, layer 1" in str(outcome) for outcome in outcomes[:3]), outcomes
 
 
-def test_a_stalled_member_can_be_told_from_those_who_wait(
-    every: Everything, store: TCPStore
-) -> None:
+def test_a_stalled_member_can_be_told_from_those_who_wait(every: Everything, store: Stores) -> None:
     unit = Unit(store, every, [0, 0, 0], [1, 2], timeout_s=1.0)
     unit.held[2].delay_s = 1.5
     positions: dict[int, Position] = {}
@@ -336,44 +346,48 @@ def test_a_stalled_member_can_be_told_from_those_who_wait(
     assert "pass 7, layer 1, return" in str(outcomes[0])
 
 
-def test_a_group_that_cannot_form_says_so(store: TCPStore) -> None:
+def test_a_group_that_cannot_form_says_so(store: Stores) -> None:
     with pytest.raises(ExchangeBroken, match="forming group lonely as member 0 of 2"):
-        Group("127.0.0.1", store.port, "lonely", 0, 2, 0.3)
+        store.group("lonely", 0, 2, 0.3)
+    with pytest.raises(ExchangeBroken, match="store 127.0.0.1:9 of group lonely"):
+        Group("127.0.0.1", 9, "lonely", 0, 2, 0.3)
 
 
-def _process(port: int, me: int, size: int, out: Any) -> None:
-    """Exchanges until the group breaks; member size - 1 kills itself in the middle."""
-    group = Group("127.0.0.1", port, "killed", me, size, 30)
-    tensor, ones = torch.zeros(size, 8), [1] * size
-    try:
-        for number in itertools.count():
-            if me == size - 1 and number == 50:
-                out.put((me, time.time()))
-                out.close()
-                out.join_thread()
-                os.kill(os.getpid(), signal.SIGKILL)
-            group.all_to_all(torch.empty_like(tensor), tensor, ones, ones).wait()
-    except ExchangeBroken:
-        out.put((me, time.time()))
+VICTIM = """
+import os, signal, sys, time, torch
+from rayseek.cluster.group import Group
+group = Group("127.0.0.1", int(sys.argv[1]), "killed", 2, 3, 60)
+for number in range(50):
+    group.all_gather([number])
+print(time.time(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
-def test_a_killed_process_is_noticed_by_all_at_once(store: TCPStore) -> None:
-    context = multiprocessing.get_context("spawn")
-    out = context.Queue()
-    processes = [context.Process(target=_process, args=(store.port, m, 3, out)) for m in range(3)]
-    for process in processes:
-        process.start()
-    ended = dict(out.get(timeout=60) for _ in range(3))
-    for process in processes:
-        process.join()
-    assert ended.keys() == {0, 1, 2}
-    assert max(ended.values()) - ended[2] < 1
+def test_a_killed_process_is_noticed_by_all_at_once(store: Stores) -> None:
+    def survive(me: int) -> float:
+        group = store.group("killed", me, 3)
+        try:
+            for number in itertools.count():
+                group.all_gather([number])
+        except ExchangeBroken:
+            return time.time()
+        finally:
+            group.close()
+
+    with ThreadPoolExecutor(2) as threads:
+        noticed = [threads.submit(survive, me) for me in range(2)]
+        command = [sys.executable, "-c", VICTIM, str(store.port)]
+        victim = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert victim.returncode == -signal.SIGKILL, victim.stderr
+        died = float(victim.stdout)
+        assert all(0 <= each.result() - died < 10 for each in noticed)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("holders, parts", [([0, 1], 1), ([2], 2), ([2, 3, 4], 2)])
 def test_a_model_over_members_is_the_model(
-    tiny_model: tuple[Transformer, MTPModule], tiny_path: Path, store: TCPStore, mode: Mode,
+    tiny_model: tuple[Transformer, MTPModule], tiny_path: Path, store: Stores, mode: Mode,
     holders: list[int],
     parts: int,
 ) -> None:  # fmt: skip
@@ -393,7 +407,7 @@ def test_a_model_over_members_is_the_model(
     batches = [Batch.of_sequences([ids], [0], [[0]]) for ids in prompts]
 
     def member(me: int) -> list[Tensor]:
-        group = Group("127.0.0.1", store.port, prefix, me, len(nodes), 10)
+        group = store.group(prefix, me, len(nodes))
         held = None
         if me in holders:
             lists = {n: placement.experts_of(holders.index(me), n) for n in moe}

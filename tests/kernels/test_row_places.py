@@ -1,0 +1,64 @@
+"""The C++ bookkeeping of rows is the torch one, and both are what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rayseek.kernels.native import NativeOps
+from rayseek.kernels.native_build import NativeUnavailableError
+from rayseek.kernels.row_places import NativePlaces, RowPlaces, TorchPlaces
+
+
+def native() -> RowPlaces:
+    try:
+        return NativePlaces(NativeOps().library)
+    except NativeUnavailableError as error:
+        pytest.skip(str(error))
+
+
+@given(
+    rows=st.integers(0, 30),
+    top_k=st.integers(1, 4),
+    slots=st.integers(1, 9),
+    members=st.integers(1, 5),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=60, deadline=None)
+def test_rows_go_where_their_slots_are(
+    rows: int, top_k: int, slots: int, members: int, seed: int
+) -> None:
+    make = torch.Generator().manual_seed(seed)
+    member_S = torch.randint(0, members + 1, (slots + 1,), generator=make)
+    member_S[-1] = members
+    wide = torch.randint(-1, slots, (rows, top_k + 2), generator=make).int()
+    slot_RK, home_R = wide[:, 1:-1], wide[:, -1] % members  # rows lie in wider rows
+    real = slot_RK.clamp(min=0) * 0 + torch.randint(0, slots, slot_RK.shape, generator=make).int()
+    everyone = member_S.clamp(max=members - 1)
+    for each in (native(), TorchPlaces()):
+        found = each.wanted(slot_RK, member_S, members)
+        expected = [
+            [r for r in range(rows) if m in member_S[slot_RK[r].long()].tolist()]
+            for m in range(members)
+        ]
+        assert found[0].tolist() == sum(expected, []) and found[1] == [len(e) for e in expected]
+
+        place_TK, counts = each.places(real, everyone, members)
+        to = everyone[real.long()].flatten().tolist()
+        order = sorted(range(len(to)), key=lambda i: to[i])
+        assert [place_TK.flatten().tolist().index(i) for i in range(len(to))] == order
+        assert counts == [to.count(m) for m in range(members)]
+
+        first, mine = slots // 3, slots // 2
+        row_N, slot_N, homes = each.picked(slot_RK, first, mine, home_R, members)
+        pairs = [
+            (r, s - first)
+            for r, row in enumerate(slot_RK.tolist())
+            for s in row
+            if s >= 0 and first <= s < first + mine
+        ]
+        assert list(zip(row_N.tolist(), slot_N.tolist(), strict=True)) == pairs
+        at = [int(home_R[r]) for r, _ in pairs]
+        assert homes == [at.count(m) for m in range(members)]

@@ -1,7 +1,8 @@
-"""How fast the operations are here: `rayseek bench --kernels`, or `python -m rayseek.kernels.bench`.
+"""How fast the operations are here: `rayseek bench --kernels`.
 
-On a Hopper GPU each kernel at V3's shapes (`hopper/bench.py`). On a CPU it times each operation, then whole decode steps and a prefill composed of them, on a random
-DeepSeek-V3 architecture small enough for one core. One thread; best of several repetitions.
+On a Hopper GPU, each kernel at V3's shapes (`hopper/bench.py`). On a CPU, each operation, then
+whole decode steps and a prefill composed of them, on a random DeepSeek-V3 architecture small enough
+for one core. One thread; best of several repetitions.
 """
 
 from __future__ import annotations

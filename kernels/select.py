@@ -43,7 +43,7 @@ def device_for(prefer: Preference = "auto") -> Device:
         found = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
         raise ValueError(
             f"the cuda kernels are for Hopper GPUs (H100, H800, H200); here is {found}. "
-            "Set engine.kernels to auto"
+            "Elsewhere, set engine.kernels to auto"
         )
     return "cpu"
 

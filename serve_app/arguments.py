@@ -73,6 +73,14 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=int, help="engine.threads; default: the config's default")
     bench.add_argument("--no-http", action="store_true", help="in-process only")
     bench.add_argument("--transformers", action="store_true", help="also time transformers")
+    bench.add_argument(
+        "--kernels", action="store_true", help="the kernels alone; on a Hopper GPU at V3's shapes"
+    )
+    bench.add_argument("--only", default="", help="of the GPU's kernels, those so named")
+    bench.add_argument("--out", type=Path, help="folder for the kernels' table, plot and figures")
+    bench.add_argument(
+        "--slice", type=int, metavar="N", help="N layers of V3's true dimensions on one Hopper GPU"
+    )
     bench.add_argument("--json", type=Path, help="write the figures there")
     return top
 

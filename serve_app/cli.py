@@ -237,9 +237,22 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    from rayseek.serve_app.bench import run
+    if arguments.kernels:
+        from rayseek.kernels.bench import main as bench_kernels
 
-    run(arguments)
+        folder = [f"--out={arguments.out}"] if arguments.out else []
+        bench_kernels([f"--only={arguments.only}", *folder])
+    elif arguments.slice is not None:
+        from rayseek.cluster.slice_bench import run as bench_slice
+        from rayseek.kernels.select import device_for
+        from rayseek.model.official import DEEPSEEK_V3
+
+        device_for("cuda")  # says what is missing
+        bench_slice(DEEPSEEK_V3, arguments.slice)
+    else:
+        from rayseek.serve_app.bench import run
+
+        run(arguments)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

@@ -64,19 +64,19 @@ class Clock:
     def __init__(self) -> None:
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
-    def seconds(self, run: Callable[[], object], repetitions: int = 20) -> float:
-        """Of one call as a CUDA graph, from cold caches; what graphs cannot hold is called."""
+    def seconds(
+        self, run: Callable[[], object], repetitions: int = 20, graph: bool = True
+    ) -> float:
+        """Of one call from cold caches, as a CUDA graph unless it says otherwise."""
         for _ in range(3):
             run()
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
+        call = run
+        if graph:
+            recorded = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(recorded):
                 run()
-            call: Callable[[], object] = graph.replay
-        except RuntimeError:
-            torch.cuda.synchronize()
-            call = run
+            call = recorded.replay
         times: list[float] = []
         for _ in range(repetitions):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

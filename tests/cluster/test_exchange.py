@@ -78,12 +78,13 @@ class Held:
     every: Everything
     placement: ExpertPlacement
     holder: int
-    delay_s: float = 0.0
-    calls: list[int] = field(default_factory=list)
+    go: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.go.set()
 
     def compute(self, layer: int, x_RD: Tensor, row_N: Tensor, slot_N: Tensor) -> Tensor:
-        self.calls.append(layer)
-        time.sleep(self.delay_s)
+        self.go.wait()
         packed = self.every.joined(layer, self.placement.experts_of(self.holder, layer))
         return self.every.ops.expert_rows(x_RD, row_N, slot_N, packed)
 
@@ -327,23 +328,24 @@ def test_whoever_leaves_ends_the_pass_for_all(
 
 
 def test_a_stalled_member_can_be_told_from_those_who_wait(every: Everything, store: Stores) -> None:
-    unit = Unit(store, every, [0, 0, 0], [1, 2], timeout_s=1.0)
-    unit.held[2].delay_s = 1.5
-    positions: dict[int, Position] = {}
+    unit = Unit(store, every, [0, 0, 0], [1, 2])
+    unit.held[2].go.clear()
+    wanted = [(7, 1, "return"), (7, 1, "return"), (7, 1, "experts")]
+    positions: list[Position] = []
 
     def look() -> None:
-        time.sleep(0.6)
-        positions.update({m: exchange.position for m, exchange in unit.exchanges.items()})
+        end = time.monotonic() + 50
+        while [p[:3] for p in positions] != wanted and time.monotonic() < end:
+            time.sleep(0.01)
+            positions[:] = [exchange.position for _, exchange in sorted(unit.exchanges.items())]
+        unit.held[2].go.set()
 
     watch = threading.Thread(target=look)
     watch.start()
-    outcomes = unit.run(lambda exchange: run_pass(exchange, [2, 0, 0], 7, 1))
+    unit.run(lambda exchange: run_pass(exchange, [2, 0, 0], 7, 1))
     watch.join()
-    assert [(p.number, p.layer, p.stage) for _, p in sorted(positions.items())] == [
-        (7, 1, "return"), (7, 1, "return"), (7, 1, "experts"),
-    ]  # fmt: skip
-    assert [p.waits for _, p in sorted(positions.items())] == [True, True, False]
-    assert "pass 7, layer 1, return" in str(outcomes[0])
+    assert [p[:3] for p in positions] == wanted
+    assert [p.waits for p in positions] == [True, True, False]
 
 
 def test_a_group_that_cannot_form_says_so(store: Stores) -> None:

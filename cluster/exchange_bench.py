@@ -132,3 +132,16 @@ def _member(case: Case, port: int, me: int, costs: Any) -> None:
             )
         )  # fmt: skip
     group.close()
+
+
+def run() -> None:
+    """Measure every case and print it as it is done."""
+    print("attention experts rows mode   exchange us  transfers us  ratio  bytes sent")
+    for case in CASES:
+        cost = measure(case)
+        experts = case.holders or "inside"
+        print(
+            f"{case.attention:9} {experts:>7} {case.rows:4} {case.mode:6} {cost.exchange_us:11.0f} "
+            f"{cost.transfers_us:13.0f} {cost.ratio:6.2f} {cost.bytes:11,}",
+            flush=True,
+        )

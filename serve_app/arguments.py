@@ -76,6 +76,9 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--kernels", action="store_true", help="the kernels alone; on a Hopper GPU at V3's shapes"
     )
+    bench.add_argument(
+        "--exchange", action="store_true", help="rows to experts and back, beside bare transfers"
+    )
     bench.add_argument("--only", default="", help="of the GPU's kernels, those so named")
     bench.add_argument("--out", type=Path, help="folder for the kernels' table, plot and figures")
     bench.add_argument(

@@ -237,7 +237,11 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    if arguments.kernels:
+    if arguments.exchange:
+        from rayseek.cluster.exchange_bench import run as bench_exchange
+
+        bench_exchange()
+    elif arguments.kernels:
         from rayseek.kernels.bench import main as bench_kernels
 
         folder = [f"--out={arguments.out}"] if arguments.out else []

@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     corpus.add_argument("--seed", type=int, default=0)
     corpus.add_argument("--chinese", type=float, default=0.35, metavar="SHARE", help="default 0.35")
     corpus.add_argument("--longest", type=int, default=512, help="tokens of a document at most")
+    corpus.add_argument("--held-out", action="store_true", help="of held-out questions: to measure")
     corpus.add_argument(
         "--tokenizer", type=Path, help="folder of its files; default: learn one, kept in FOLDER"
     )

@@ -222,7 +222,8 @@ def make_corpus(arguments: argparse.Namespace) -> None:
         make_tokenizer(folder, CATALOGUE, SMALL.vocab_size)
     shards = max(1, round(arguments.tokens / tokens))
     make_corpus(folder, arguments.tokenizer or folder, CATALOGUE, tokens, shards, seed,
-                arguments.chinese, arguments.longest)  # fmt: skip
+                arguments.chinese, arguments.longest,
+                "held-out" if arguments.held_out else "train")  # fmt: skip
     print(f"wrote {shards} shards and corpus.json to {folder}")
 
 

@@ -18,7 +18,7 @@ from random import Random
 from rayseek.model.small_tokenizer import learn_tokenizer
 from rayseek.model.training.corpus import FULL_WEIGHT, Document, shard_path, write_shard
 from rayseek.serve_app.prompt import render_chat, render_fim
-from rayseek.serve_app.tasks.example import Example, Fill, Language, Task, draw
+from rayseek.serve_app.tasks.example import Example, Fill, Language, Split, Task, draw
 from rayseek.serve_app.tokenizer import Control, Prompt, Tokenizer
 
 GIVEN_WEIGHT = 30  # prompts are not what is to be written, but they teach the language
@@ -78,8 +78,8 @@ def encode_documents(examples: Sequence[Example], tokenizer: Tokenizer) -> list[
     return documents
 
 
-def training_examples(
-    tasks: Sequence[Task], random: Random, chinese_share: float
+def mixed_examples(
+    tasks: Sequence[Task], random: Random, chinese_share: float, split: Split
 ) -> Iterator[tuple[Task, Example]]:
     """Without end: tasks by their weights, and so many of a task's documents Chinese."""
     weights = [task.weight for task in tasks]
@@ -88,7 +88,7 @@ def training_examples(
         language: Language = "zh" if random.random() < chinese_share else "en"
         if language not in task.languages:
             (language,) = task.languages
-        yield task, draw(task, "train", random, language)
+        yield task, draw(task, split, random, language)
 
 
 @dataclass(slots=True)
@@ -123,16 +123,13 @@ class Tally:
 
 
 def shard_documents(
-    tasks: Sequence[Task],
+    examples: Iterator[tuple[Task, Example]],
     tokenizer: Tokenizer,
     tokens: int,
-    chinese_share: float,
-    random: Random,
     longest: int,
     tally: Tally,
 ) -> list[Document]:
     """Documents of `tokens` tokens together, or a few more. What is taken is noted in `tally`."""
-    examples = training_examples(tasks, random, chinese_share)
     documents: list[Document] = []
     while True:
         batch = list(islice(examples, BATCH))
@@ -154,6 +151,7 @@ def make_corpus(
     seed: int = 0,
     chinese_share: float = 0.35,
     longest: int = LONGEST,
+    split: Split = "train",
 ) -> None:
     """Write shards and, after each, `corpus.json`: how it was made, digests, counts.
 
@@ -167,14 +165,11 @@ def make_corpus(
     for number in range(shards):
         random = Random(f"{seed}|{number}")
         path = shard_path(folder, number)
-        write_shard(
-            path,
-            shard_documents(
-                tasks, tokenizer, tokens_per_shard, chinese_share, random, longest, tally
-            ),
-        )
+        examples = mixed_examples(tasks, random, chinese_share, split)
+        write_shard(path, shard_documents(examples, tokenizer, tokens_per_shard, longest, tally))
         digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
         manifest = {
+            "split": split,
             "seed": seed,
             "chinese_share": chinese_share,
             "tokens_per_shard": tokens_per_shard,

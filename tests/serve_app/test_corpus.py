@@ -30,6 +30,7 @@ from rayseek.serve_app.tasks.example import (
     Example,
     Fill,
     Language,
+    Split,
     Task,
     is_held_out,
 )
@@ -192,22 +193,21 @@ def test_a_corpus_can_be_made_again_and_longer(learnt: Path, tmp_path: Path) -> 
     assert tasks["add"]["documents"] > 2 * tasks["fill"]["documents"] > 0
 
 
-def test_a_corpus_has_no_held_out_question(learnt: Path, tmp_path: Path) -> None:
-    make_corpus(tmp_path, learnt, TASKS[:1], 5000, 1)
-    tokenizer, shard = (
-        Tokenizer.from_pretrained(learnt),
-        read_shard(tmp_path / "shard-00000.safetensors"),
-    )
+@pytest.mark.parametrize("split", ["train", "held-out"])
+def test_a_corpus_keeps_to_its_split(learnt: Path, tmp_path: Path, split: Split) -> None:
+    make_corpus(tmp_path, learnt, TASKS[:1], 5000, 1, split=split)
+    tokenizer = Tokenizer.from_pretrained(learnt)
+    shard = read_shard(tmp_path / "shard-00000.safetensors")
+    texts = [tokenizer.decode(shard.document(n)[0].tolist()) for n in range(len(shard))]
     asked = set()
-    for number in range(len(shard)):
-        text = tokenizer.decode(shard.document(number)[0].tolist())
+    for text in texts:
         question = text.split(Control.USER.value)[1].split(Control.ASSISTANT.value)[0]
         for word in ("What is ", "?", "等于多少？", " "):
             question = question.replace(word, "")
         asked.add(question.replace("加", "+"))
-    assert len(asked) > 100
-    assert not any(is_held_out("add", key) for key in asked)
-    assert any("加" in tokenizer.decode(shard.document(n)[0].tolist()) for n in range(len(shard)))
+    assert len(asked) > 50
+    assert {is_held_out("add", key) for key in asked} == {split == "held-out"}
+    assert any("加" in text for text in texts) and any("What" in text for text in texts)
 
 
 def test_what_is_too_long_stays_out(learnt: Path, tmp_path: Path) -> None:

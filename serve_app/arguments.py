@@ -40,19 +40,9 @@ def parser() -> argparse.ArgumentParser:
     dtype.add_argument("--fp8", action="store_true", help="block-FP8 weights")
     dtype.add_argument("--bf16", action="store_true", help="bfloat16 weights")
 
-    corpus = commands.add_parser("make-corpus", help="write text that a small model learns from")
-    corpus.add_argument("folder", type=Path)
-    corpus.add_argument("--tokens", type=float, default=40e6, help="about so many (default 40e6)")
-    corpus.add_argument("--shard-tokens", type=float, default=2e6, help="of one file (default 2e6)")
-    corpus.add_argument("--seed", type=int, default=0)
-    corpus.add_argument("--chinese", type=float, default=0.35, metavar="SHARE", help="default 0.35")
-    corpus.add_argument("--longest", type=int, default=512, help="tokens of a document at most")
-    corpus.add_argument("--held-out", action="store_true", help="of held-out questions: to measure")
-    corpus.add_argument(
-        "--tokenizer", type=Path, help="folder of its files; default: learn one, kept in FOLDER"
+    _add_corpus(
+        commands.add_parser("make-corpus", help="write text that a small model learns from")
     )
-
-    _add_train(commands.add_parser("train", help="train a small model, or go on with a run"))
 
     conform = commands.add_parser("conformance", help="does an endpoint speak the V3 dialect?")
     conform.add_argument("url", metavar="URL", help="of any OpenAI-compatible V3 endpoint")
@@ -133,6 +123,21 @@ def _add_train(command: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="write the run's checkpoints FOLDER-bf16 and FOLDER-fp8, then stop",
     )
+
+
+def _add_corpus(corpus: argparse.ArgumentParser) -> None:
+    corpus.add_argument("folder", type=Path)
+    corpus.add_argument("--tokens", type=float, default=40e6, help="about so many (default 40e6)")
+    corpus.add_argument("--shard-tokens", type=float, default=2e6, help="of one file (default 2e6)")
+    corpus.add_argument("--seed", type=int, default=0)
+    corpus.add_argument("--chinese", type=float, default=0.35, metavar="SHARE", help="default 0.35")
+    corpus.add_argument("--longest", type=int, default=512, help="tokens of a document at most")
+    corpus.add_argument("--held-out", action="store_true", help="of held-out questions: to measure")
+    corpus.add_argument(
+        "--tokenizer", type=Path, help="folder of its files; default: learn one, kept in FOLDER"
+    )
+
+    _add_train(commands.add_parser("train", help="train a small model, or go on with a run"))
 
 
 def _add_eval(command: argparse.ArgumentParser) -> None:

@@ -121,10 +121,8 @@ def ask(random: Random, language: Language) -> Chat:
     """A question about one row of a table; one in fifteen is for yes or no."""
     if random.random() < 1 / 15:
         key, text, right = statement(random, language)
-        text, answer = spoken(random, language, text), YES_OR_NO[language][right]
-        return chat(
-            random, language, key=f"yes|{key}", text=text, answer=answer, judge=says_yes(right)
-        )
+        answer, judge = YES_OR_NO[language][right], says_yes(right)
+        return chat(random, language, key=f"yes|{key}", text=text, answer=answer, judge=judge)
     relation = random.choice(_RELATIONS[language])
     wording = drawn(random, random.choice(relation.wordings))
     return asked(random, language, relation, random.choice(relation.rows), wording)
@@ -143,13 +141,14 @@ def short_question(random: Random, language: Language) -> tuple[Chat, str]:
 
 
 def statement(random: Random, language: Language) -> tuple[str, str, bool]:
-    """A question for yes or no as (key, text, whether it is so)."""
+    """A question for yes or no, as it is typed: (key, text, whether it is so)."""
     relation = random.choice(_RELATIONS[language])
     while not relation.stated:
         relation = random.choice(_RELATIONS[language])
     row, other = random.choice(relation.rows), random.choice(relation.rows)
     fact = row.fact if random.random() < 0.5 else other.fact
-    text = filled(drawn(random, relation.stated), row.subject, fact)
+    text = spoken(random, language, drawn(random, relation.stated), polite=0.08)
+    text = filled(text, row.subject, fact)
     text = with_articles(text) if language == "en" else text
     return f"{relation.name}|{row.subject}|{fact}", text, fact in row.accepted
 

@@ -82,23 +82,26 @@ def make(random: Random, language: Language) -> Chat:
     texts = _TEXTS[language]
     chosen = random.sample(_FACTS[language], random.choice((1, 1, 2, 2, 3)))
     values = [_value(random, language, fact.kind) for fact in chosen]
-    told = [filled(drawn(random, f.telling), v) for f, v in zip(chosen, values, strict=True)]
+    told = [drawn(random, fact.telling) for fact in chosen]
     at = random.randrange(len(chosen))
     fact, value = chosen[at], values[at]
     unknown = len(chosen) > 1 and random.random() < _NEVER_TOLD
     if unknown:  # what was to be asked for is left out
         for remaining in (chosen, values, told):
             del remaining[at]
+    introduction = _FACTS[language][0]
     system = general_system(random, language)
     messages = [] if system is None else [Message("system", system)]
-    tellings = [texts["join"].join(told)] if random.random() < 0.5 else told
-    for index, text in enumerate(tellings):
-        names = chosen[index].kind == "name" and chosen[index] is _FACTS[language][0]
-        alone = names and len(tellings) == len(told)
-        reply = filled(texts["nice"], values[index]) if alone else texts["ack"]
+    if random.random() < 0.5:  # all in one sentence
+        numbered = (text.replace("{0}", f"{{{i}}}") for i, text in enumerate(told))
+        tellings = [(texts["join"].join(numbered), values, chosen == [introduction])]
+    else:
+        each = zip(told, values, chosen, strict=True)
+        tellings = [(text, [said], fact is introduction) for text, said, fact in each]
+    for text, said, introduced in tellings:
         messages += [
-            Message("user", spoken(random, language, text, ".", polite=0)),
-            Message("assistant", reply),
+            Message("user", filled(spoken(random, language, text, ".", polite=0), *said)),
+            Message("assistant", filled(texts["nice"], *said) if introduced else texts["ack"]),
         ]
     for _ in range(random.choice((0, 0, 1, 1, 2))):
         messages += _between(random, language)

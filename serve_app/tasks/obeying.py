@@ -127,11 +127,11 @@ def _cased(random: Random, language: Language) -> Chat:
 
 def _yes_or_no(random: Random, language: Language) -> Chat:
     """Yes or no, about a fact that is right or not."""
-    key, question, right = facts.statement(random, language)
+    key, text, right = facts.statement(random, language)
 
     judge = says_yes(right)
     answer = facts.YES_OR_NO[language][right]
-    system, text = _worded(random, language, "yes_or_no"), spoken(random, language, question)
+    system = _worded(random, language, "yes_or_no")
     return _made(
         language, f"yes|{key}", system, text, answer, lambda a: len(a.text) < 12 and judge(a)
     )

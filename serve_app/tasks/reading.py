@@ -40,9 +40,10 @@ _PAIRED = 0.4  # of the files are lines "key: value"
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """A fact as it stands in a text, how it is asked for and answered."""
+    """A fact as it stands in a text, how it is asked for ({0}: the subject) and answered."""
 
     text: str
+    subject: str
     question: str
     answer: str
     value: str
@@ -67,8 +68,8 @@ def _fact(random: Random, language: Language) -> Stated:
     text = filled(sentence, subject, value)
     if language == "en":
         text = capitalised(with_articles(text))
-    question = filled(drawn(random, random.choice(questions.split("; "))), subject)
-    return Stated(text, question, text, value)
+    question = drawn(random, random.choice(questions.split("; ")))
+    return Stated(text, subject, question, text, value)
 
 
 def _pair(random: Random, language: Language) -> Stated:
@@ -77,10 +78,9 @@ def _pair(random: Random, language: Language) -> Stated:
     key = invented(random) if language == "en" else invented_name(random, language)
     kind = random.choice(("code", "small", "city", "name", "thing", "clock", "date", "word"))
     value = KINDS[kind](random, language)[0]
-    question = filled(drawn(random, random.choice(texts["pair_question"].split("; "))), key)
-    return Stated(
-        filled(texts["pair"], key, value), question, filled(texts["pair_answer"], key, value), value
-    )
+    question = drawn(random, random.choice(texts["pair_question"].split("; ")))
+    text, answer = (filled(texts[form], key, value) for form in ("pair", "pair_answer"))
+    return Stated(text, key, question, answer, value)
 
 
 def _says(value: str, page: int) -> Judge:
@@ -97,10 +97,11 @@ def make(random: Random, language: Language) -> Chat:
     """A question about one of several facts."""
     searched = random.random() < _SEARCHED
     write = _pair if not searched and random.random() < _PAIRED else _fact
-    facts = [write(random, language) for _ in range(random.choice((2, 2, 3, 4)))]
+    made = (write(random, language) for _ in range(random.choice((2, 2, 3, 4))))
+    facts = list({fact.subject: fact for fact in made}.values())  # one of each subject
     at = random.randrange(len(facts))
     asked = facts[at]
-    question = spoken(random, language, asked.question, polite=0.05)
+    question = filled(spoken(random, language, asked.question, polite=0.05), asked.subject)
     answer = asked.answer
     if searched:
         pages = [SearchResult(fact.text, title=invented(random).capitalize()) for fact in facts]

@@ -102,10 +102,11 @@ def _normal(name: Call | str, arguments: object) -> str:
 
 
 def reports(values: Sequence[str]) -> Judge:
-    """The answer contains all these values and calls nothing."""
+    """The answer is a text that contains all these values; it calls nothing."""
 
     def judge(answer: Answer) -> bool:
-        text = answer.text.replace(",", "").lower()
-        return not answer.calls and all(v.replace(",", "").lower() in text for v in values)
+        text = answer.text.replace(",", "").strip().lower()
+        told = all(value.replace(",", "").lower() in text for value in values)
+        return told and bool(text) and not answer.calls
 
     return judge

@@ -44,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
         commands.add_parser("make-corpus", help="write text that a small model learns from")
     )
 
+    _add_train(commands.add_parser("train", help="train a small model, or go on with a run"))
+
     conform = commands.add_parser("conformance", help="does an endpoint speak the V3 dialect?")
     conform.add_argument("url", metavar="URL", help="of any OpenAI-compatible V3 endpoint")
     conform.add_argument("--key", default=os.environ.get("OPENAI_API_KEY", ""), help="its API key")
@@ -136,8 +138,6 @@ def _add_corpus(corpus: argparse.ArgumentParser) -> None:
     corpus.add_argument(
         "--tokenizer", type=Path, help="folder of its files; default: learn one, kept in FOLDER"
     )
-
-    _add_train(commands.add_parser("train", help="train a small model, or go on with a run"))
 
 
 def _add_eval(command: argparse.ArgumentParser) -> None:

@@ -41,6 +41,7 @@ class RankAddress:
 
     name: str
     target: str  # host:port
+    prefills: bool = False  # it computes prompts for others, and makes no tokens itself
 
 
 News: TypeAlias = Update | Token | None  # an update, one more token, or the end of the stream
@@ -80,6 +81,7 @@ class RankChannel:
         self.load = Load()
         self.fingerprint = ""
         self.alive = False
+        self.prefilling = 0  # prompt tokens of ours that it was named for, and may still compute
         self._inboxes: dict[int, asyncio.Queue[News]] = {}
         self._next_handle = 0
         self._outgoing: asyncio.Queue[ToRank | None] = asyncio.Queue()
@@ -92,11 +94,12 @@ class RankChannel:
         """Smaller is better: requests of ours there and its queue, then the pages it holds."""
         return len(self._inboxes) + self.load.waiting, self.load.pages_held
 
-    def submit(self, request: Request) -> tuple[int, asyncio.Queue[News]]:
+    def submit(self, request: Request, source: str = "") -> tuple[int, asyncio.Queue[News]]:
+        """source: of the prompt's pages (wire.py)."""
         self._next_handle += 1
         handle = self._next_handle
         inbox = self._inboxes[handle] = asyncio.Queue()
-        self._outgoing.put_nowait(ToRank(submit=submit_message(handle, request)))
+        self._outgoing.put_nowait(ToRank(submit=submit_message(handle, request, source)))
         return handle, inbox
 
     def forget(self, handle: int, finished: bool) -> None:
@@ -145,6 +148,28 @@ class RankChannel:
             call.cancel()
             for inbox in self._inboxes.values():
                 inbox.put_nowait(None)
+
+
+@dataclass(slots=True)
+class Naming:
+    """That a rank was named as the source of a prompt's pages; counted until there is news."""
+
+    source: RankChannel | None
+    tokens: int
+
+    @property
+    def target(self) -> str:
+        return self.source.address.target if self.source else ""
+
+    def begin(self) -> None:
+        if self.source is not None:
+            self.source.prefilling += self.tokens
+
+    def over(self) -> None:
+        """The prompt is computed, or the request has left. Idempotent."""
+        if self.source is not None:
+            self.source.prefilling -= self.tokens
+            self.source = None
 
 
 class Dispatcher:
@@ -221,11 +246,15 @@ class Dispatcher:
     async def _on_rank(
         self, channel: RankChannel, entry: JournalEntry
     ) -> AsyncGenerator[Delta, None]:
-        handle, inbox = channel.submit(entry.continuation())
+        request = entry.continuation()
+        naming = Naming(self._source(), len(request.prompt_ids) + len(request.emitted_ids))
+        naming.begin()
+        handle, inbox = channel.submit(request, naming.target)
         finished = False
         try:
             while not finished:
                 news = await inbox.get()
+                naming.over()
                 delta: Delta | None = None
                 while news is not None:
                     more, finished = _read(news, entry.request.id)
@@ -238,10 +267,21 @@ class Dispatcher:
                 if news is None:
                     raise RankLost(channel.address.name)
         finally:
+            naming.over()
             channel.forget(handle, finished)
 
-    def _alive(self) -> list[RankChannel]:
-        return [channel for channel in self._channels.values() if channel.alive]
+    def _alive(self, prefills: bool = False) -> list[RankChannel]:
+        """The live ranks that make tokens, or those that compute prompts for them."""
+        channels = self._channels.values()
+        return [c for c in channels if c.alive and c.address.prefills == prefills]
+
+    def _source(self) -> RankChannel | None:
+        """Who would be the first to have computed another prompt; None: nobody prefills."""
+        return min(
+            self._alive(prefills=True),
+            key=lambda c: c.load.prompt_tokens_queued + c.prefilling,
+            default=None,
+        )
 
     async def _choose(self, refused_by: set[str]) -> RankChannel:
         """The least loaded live rank; waits for one if there is none."""

@@ -31,7 +31,7 @@ class ToRank(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "prompt_ids", "emitted_ids", "sampling", "cache_salt", "priority", "grammar")
+    __slots__ = ("handle", "prompt_ids", "emitted_ids", "sampling", "cache_salt", "priority", "grammar", "source")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     EMITTED_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class Submit(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     handle: int
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     emitted_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -46,7 +47,8 @@ class Submit(_message.Message):
     cache_salt: str
     priority: int
     grammar: str
-    def __init__(self, handle: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., emitted_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., grammar: _Optional[str] = ...) -> None: ...
+    source: str
+    def __init__(self, handle: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., emitted_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., grammar: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty", "bias_ids", "biases", "seed", "stop_token_ids", "min_tokens", "logprobs", "banned_ids")
@@ -127,6 +129,84 @@ class Frame(_message.Message):
     drafts: _containers.RepeatedScalarFieldContainer[int]
     fingerprint: str
     def __init__(self, updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., handles: _Optional[_Iterable[int]] = ..., ids: _Optional[_Iterable[int]] = ..., drafts: _Optional[_Iterable[int]] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+
+class ToSource(_message.Message):
+    __slots__ = ("pair", "want", "again", "leave")
+    PAIR_FIELD_NUMBER: _ClassVar[int]
+    WANT_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
+    LEAVE_FIELD_NUMBER: _ClassVar[int]
+    pair: Pair
+    want: Want
+    again: Again
+    leave: int
+    def __init__(self, pair: _Optional[_Union[Pair, _Mapping]] = ..., want: _Optional[_Union[Want, _Mapping]] = ..., again: _Optional[_Union[Again, _Mapping]] = ..., leave: _Optional[int] = ...) -> None: ...
+
+class Pair(_message.Message):
+    __slots__ = ("host", "port", "prefix", "fingerprint", "page_words")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    PAGE_WORDS_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    port: int
+    prefix: str
+    fingerprint: str
+    page_words: int
+    def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ..., prefix: _Optional[str] = ..., fingerprint: _Optional[str] = ..., page_words: _Optional[int] = ...) -> None: ...
+
+class Want(_message.Message):
+    __slots__ = ("handle", "ids", "cache_salt", "priority", "first_page")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    FIRST_PAGE_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    cache_salt: str
+    priority: int
+    first_page: int
+    def __init__(self, handle: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., first_page: _Optional[int] = ...) -> None: ...
+
+class Again(_message.Message):
+    __slots__ = ("handle", "page")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    page: int
+    def __init__(self, handle: _Optional[int] = ..., page: _Optional[int] = ...) -> None: ...
+
+class FromSource(_message.Message):
+    __slots__ = ("ready", "coming", "failed")
+    READY_FIELD_NUMBER: _ClassVar[int]
+    COMING_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    ready: bool
+    coming: Coming
+    failed: Failed
+    def __init__(self, ready: _Optional[bool] = ..., coming: _Optional[_Union[Coming, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
+
+class Coming(_message.Message):
+    __slots__ = ("handle", "first_page", "checksums", "cached_tokens")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_PAGE_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    first_page: int
+    checksums: _containers.RepeatedScalarFieldContainer[int]
+    cached_tokens: int
+    def __init__(self, handle: _Optional[int] = ..., first_page: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+
+class Failed(_message.Message):
+    __slots__ = ("handle", "message")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    message: str
+    def __init__(self, handle: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("running", "waiting", "pages_held", "pages_total", "prompt_tokens_queued")

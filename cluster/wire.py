@@ -22,6 +22,7 @@ from rayseek.cluster.tokens_pb2 import (
 
 SERVICE = "rayseek.TokenChannel"
 METHOD = "Open"
+FETCH = "Fetch"
 
 _TO_WIRE = {
     None: RUNNING,
@@ -33,8 +34,11 @@ _TO_WIRE = {
 _FROM_WIRE = {value: key for key, value in _TO_WIRE.items()}
 
 
-def submit_message(handle: int, request: Request) -> Submit:
-    """The request as it travels; its id stays with the ingress, the handle stands for it."""
+def submit_message(handle: int, request: Request, source: str = "") -> Submit:
+    """The request as it travels; its id stays with the ingress, the handle stands for it.
+
+    source: where the rank may fetch the prompt's pages.
+    """
     p = request.sampling
     return Submit(
         handle=handle,
@@ -43,6 +47,7 @@ def submit_message(handle: int, request: Request) -> Submit:
         cache_salt=request.cache_salt,
         priority=request.priority,
         grammar=request.grammar,
+        source=source,
         sampling=Sampling(
             max_tokens=p.max_tokens,
             temperature=p.temperature,

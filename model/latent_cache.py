@@ -41,12 +41,12 @@ class LatentCache:
 
     def read_pages(self, pages: Sequence[int]) -> Tensor:
         """A copy of these pages: int32 [pages, page_words], layer by layer, as they lie."""
-        index = torch.tensor(pages, device=self.device)
+        index = torch.tensor(pages, dtype=torch.int64, device=self.device)
         return torch.cat([words[index] for words in self._words], dim=1)
 
     def write_pages(self, pages: Sequence[int], words_NW: Tensor) -> None:
         """Make these pages what `read_pages` gave, here or at a cache of the same layout."""
-        index = torch.tensor(pages, device=self.device)
+        index = torch.tensor(pages, dtype=torch.int64, device=self.device)
         parts = words_NW.split([words.shape[1] for words in self._words], dim=1)
         for words, part in zip(self._words, parts, strict=True):
             words[index] = part
@@ -75,4 +75,5 @@ def checksums(words_NW: Tensor) -> list[int]:
 def _checksum_weights(count: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     low, high = torch.randint(0, 2**32, (2, count), generator=generator)
-    return (high << 32) | low | 1
+    weights_W: Tensor = (high << 32) | low | 1
+    return weights_W

@@ -42,3 +42,7 @@ def agree(votes: Sequence[Vote], epoch: int) -> Agreement:
     kind = max(vote.kind for vote in votes)
     rows = tuple(vote.rows if vote.kind == kind else 0 for vote in votes)
     return Agreement(kind, rows, adopt=len(newest) == 1 and newest.pop() > epoch)
+
+
+class Closed(Exception):
+    """A member is to end, and takes part in nothing any more."""

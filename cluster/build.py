@@ -11,7 +11,9 @@ from rayseek.cluster.config import EngineSettings
 from rayseek.cluster.engine import Engine, EngineLimits
 from rayseek.cluster.grammar import GrammarCompiler, grammar_vocabulary
 from rayseek.cluster.pages import pages_for
+from rayseek.cluster.participant import Participant
 from rayseek.cluster.scheduler import Limits
+from rayseek.cluster.unit_model import UnitModel
 from rayseek.kernels.select import PAGE_VALUE_BYTES, choose_ops, device_for
 from rayseek.model.batch import PAGE_TOKENS
 from rayseek.model.cached_model import CachedModel
@@ -59,11 +61,12 @@ def engine_limits(config: ModelConfig, settings: EngineSettings) -> EngineLimits
     )
 
 
-def build_engine(path: Path, settings: EngineSettings) -> Engine:
+def build_engine(path: Path, settings: EngineSettings, spread: Participant | None = None) -> Engine:
     """Load a checkpoint and put an engine around it, in this process.
 
-    torch itself keeps to one thread: two that share a busy core wait for each other. The kernels
-    use `settings.threads` where a prompt makes it worth while.
+    spread: this rank's part in a unit over which the routed experts are spread; without it they
+    are all here. torch itself keeps to one thread: two that share a busy core wait for each other.
+    The kernels use `settings.threads` where a prompt makes it worth while.
     """
     torch.set_num_threads(1)
     config = ModelConfig.from_pretrained(path)
@@ -72,14 +75,17 @@ def build_engine(path: Path, settings: EngineSettings) -> Engine:
     ops = choice.ops
     log.info("kernels: %s (%s)", ops.name, choice.reason)
     limits = engine_limits(config, settings)
-    weights = Checkpoint.open(path).load(owned_names(config)).on(device)
-    model = Transformer(config, weights, ops, limits.context)
-    mtp = MTPModule(config, weights, ops, model) if limits.draft_tokens else None
+    names = owned_names(config) if spread is None else owned_names(config, experts={})
+    weights = Checkpoint.open(path).load(names).on(device)
+    experts = None if spread is None else spread.experts
+    model = Transformer(config, weights, ops, limits.context, experts=experts)
+    mtp = MTPModule(config, weights, ops, model, experts) if limits.draft_tokens else None
     pages = limits.num_pages
     log.info("KV cache: %d pages, %d tokens", pages, pages * PAGE_TOKENS)
     vocabulary = grammar_vocabulary(path, config.vocab_size, config.eos_token_id)
+    cached = CachedModel(model, pages, mtp, graphs=device == "cuda" and spread is None)
     return Engine(
-        CachedModel(model, pages, mtp),
+        cached if spread is None else UnitModel(cached, spread),
         limits,
         undefined_ids(path, config.vocab_size),
         GrammarCompiler(vocabulary),

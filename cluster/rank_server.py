@@ -17,16 +17,20 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 
+from rayseek.cluster.agreement import Closed
+from rayseek.cluster.config import TransferSettings
+from rayseek.cluster.plan import Pulse
 from rayseek.cluster.precedence import take_precedence
 from rayseek.cluster.request import Delta, Request, RequestRefused, Token
-from rayseek.cluster.tokens_pb2 import Frame, ToRank, Update
+from rayseek.cluster.tokens_pb2 import Frame, FromSource, ToRank, ToSource, Update
 from rayseek.cluster.tokens_pb2 import Load as LoadMessage
 from rayseek.cluster.wire import (
+    FETCH,
     METHOD,
     SERVICE,
     draft_codes,
@@ -37,6 +41,7 @@ from rayseek.cluster.wire import (
 
 if TYPE_CHECKING:  # torch stays out of processes that only talk to a rank
     from rayseek.cluster.engine import Engine, Load
+    from rayseek.cluster.participant import Participant
 
 log = logging.getLogger("rayseek.rank")
 
@@ -44,16 +49,6 @@ MAX_STREAMS = 256  # ingress replicas on one rank; each has a thread that mostly
 
 Stream = int  # one connected ingress
 Command: TypeAlias = "Callable[[Engine], None]"
-
-
-@dataclass(frozen=True, slots=True)
-class Pulse:
-    """Is the engine moving? stalled_s: how long the present step has been running (0: idle)."""
-
-    steps: int
-    busy: bool
-    stalled_s: float
-    load: Load
 
 
 @dataclass(slots=True)
@@ -74,27 +69,43 @@ class Listener:
     told: bool = False
 
 
-Deliver: TypeAlias = Callable[[dict[Stream, Outbox]], None]
+Deliver: TypeAlias = Callable[[dict[Stream, Outbox], bool], None]
 
 
 class EngineLoop:
-    """Runs an engine in a thread; `deliver` is called there, once per step that brought news."""
+    """Runs an engine in a thread; `deliver` is called there, once per step that brought news.
 
-    def __init__(self, engine: Engine, deliver: Deliver) -> None:
+    Its second argument: whether streams without news should hear of the load as well.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        deliver: Deliver,
+        participant: Participant | None = None,
+        transfer: TransferSettings | None = None,
+    ) -> None:
+        """participant: this rank's part in its unit; None: it is alone."""
+        from rayseek.cluster.transfer import PageTransfers
+
         self._engine, self.fingerprint = engine, engine.fingerprint
         self._deliver = deliver
+        self._participant = participant
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._outboxes: dict[Stream, Outbox] = defaultdict(Outbox)
         self._listeners: dict[str, Listener] = {}  # by the engine's request id
         self._step_began: float | None = None
         self._load = engine.load
+        self.transfers = PageTransfers(engine, transfer or TransferSettings(), self._put)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, stream: Stream, handle: int, request: Request) -> None:
+    def submit(self, stream: Stream, handle: int, request: Request, source: str = "") -> None:
+        """source: host:port of a rank that may prefill it."""
+
         def command(engine: Engine) -> None:
             try:
-                engine.submit(request)
+                self.transfers.submit(engine, request, source)
                 self._listeners[request.id] = Listener(stream, handle)
             except RequestRefused as refusal:
                 self._outboxes[stream].updates.append(refusal_message(handle, refusal))
@@ -103,19 +114,27 @@ class EngineLoop:
                 impossible = RequestRefused(f"it cannot be run: {error!r}", retryable=False)
                 self._outboxes[stream].updates.append(refusal_message(handle, impossible))
 
-        self._inbox.put(command)
+        self._put(command)
 
     def cancel(self, request_id: str) -> None:
         def command(engine: Engine) -> None:
-            engine.cancel(request_id)
+            self.transfers.cancel(engine, request_id)
             self._listeners.pop(request_id, None)
 
-        self._inbox.put(command)
+        self._put(command)
 
     def stop(self) -> None:
         """End the thread after the present step and wait for it."""
-        self._inbox.put(None)
+        self._put(None)
+        if self._participant is not None:
+            self._participant.close()
         self._thread.join()
+        self.transfers.close()
+
+    def _put(self, command: Command | None) -> None:
+        self._inbox.put(command)
+        if self._participant is not None:
+            self._participant.ring()
 
     @property
     def alive(self) -> bool:
@@ -125,25 +144,51 @@ class EngineLoop:
     @property
     def pulse(self) -> Pulse:
         began = self._step_began
-        stalled = time.monotonic() - began if began is not None else 0.0
-        return Pulse(self._engine.steps, began is not None, stalled, self._load)
+        if self._participant is not None:
+            return replace(self._participant.pulse, load=self._load)
+        since = time.monotonic() - began if began is not None else 0.0
+        steps, idle = self._engine.steps, began is None
+        return Pulse(
+            0, steps, f"step {steps}", waits=False, idle=idle, since_s=since, load=self._load
+        )
+
+    @property
+    def load(self) -> Load:
+        """The engine's, after its last step."""
+        return self._load
 
     def _run(self) -> None:
         take_precedence()
-        engine = self._engine
+        try:
+            self._work()
+        except Closed:
+            pass
+        finally:
+            if self._participant is not None:
+                self._participant.leave()
+
+    def _work(self) -> None:
+        engine, participant = self._engine, self._participant
         while True:
-            while not self._inbox.empty() or not engine.busy:
+            while not self._inbox.empty() or not (engine.busy or participant):
                 command = self._inbox.get()
                 if command is None:
                     return
                 command(engine)
                 if not engine.busy:
                     self._hand_over()
-            self._step_began = time.monotonic()
-            for delta in engine.step():
+            if not engine.busy and participant:
+                participant.idle(lambda: not self._inbox.empty())
+                continue
+            steps, self._step_began = engine.steps, time.monotonic()
+            deltas = engine.step()
+            for delta in deltas:
                 self._post(delta)
+            self.transfers.after_step(engine, deltas)
             self._step_began = None
             self._hand_over()
+            if participant and engine.steps == steps:  # it waits for a grammar; others may not
+                participant.idle(lambda: True)
 
     def _post(self, delta: Delta) -> None:
         listener = self._listeners.get(delta.request_id)
@@ -161,18 +206,24 @@ class EngineLoop:
 
     def _hand_over(self) -> None:
         self._load = self._engine.load
-        if self._outboxes:
+        served = self.transfers.take_served()
+        if self._outboxes or served:
             outboxes, self._outboxes = self._outboxes, defaultdict(Outbox)
-            self._deliver(outboxes)
+            self._deliver(outboxes, served)
 
 
 class RankServer:
-    """The gRPC end of a rank: one `Open` stream per ingress replica."""
+    """The gRPC end of a rank: an `Open` stream per ingress replica, a `Fetch` per other rank."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        participant: Participant | None = None,
+        transfer: TransferSettings | None = None,
+    ) -> None:
         self._streams: dict[Stream, queue.SimpleQueue[Outbox | None]] = {}
         self._stream_numbers = itertools.count()  # `next` is atomic: streams open in threads
-        self.engine_loop = EngineLoop(engine, self._deliver)
+        self.engine_loop = EngineLoop(engine, self._deliver, participant, transfer)
         self._server = grpc.server(ThreadPoolExecutor(MAX_STREAMS, "token-channel"))
         self._server.add_generic_rpc_handlers(
             (
@@ -183,7 +234,12 @@ class RankServer:
                             self._open,
                             request_deserializer=ToRank.FromString,
                             response_serializer=Frame.SerializeToString,
-                        )
+                        ),
+                        FETCH: grpc.stream_stream_rpc_method_handler(
+                            self.engine_loop.transfers.serve,
+                            request_deserializer=ToSource.FromString,
+                            response_serializer=FromSource.SerializeToString,
+                        ),
                     },
                 ),
             )
@@ -191,6 +247,7 @@ class RankServer:
 
     def start(self, host: str) -> int:
         """Listen on a free port of `host` and return it."""
+        self.engine_loop.transfers.listen_on(host)
         port: int = self._server.add_insecure_port(f"{host}:0")
         self._server.start()
         return port
@@ -200,11 +257,11 @@ class RankServer:
         self._server.stop(grace=None).wait()
         self.engine_loop.stop()
 
-    def _deliver(self, outboxes: dict[Stream, Outbox]) -> None:
-        for stream, outbox in outboxes.items():
+    def _deliver(self, outboxes: dict[Stream, Outbox], to_all: bool) -> None:
+        for stream in list(self._streams) if to_all else outboxes:
             outgoing = self._streams.get(stream)
             if outgoing is not None:
-                outgoing.put(outbox)
+                outgoing.put(outboxes.get(stream) or Outbox())
 
     def _open(self, requests: Iterator[Any], context: Any) -> Iterator[Frame]:
         """Serve one ingress. When its stream ends, for whatever reason, its requests end too."""
@@ -222,7 +279,7 @@ class RankServer:
                         submit = message.submit
                         handles.add(submit.handle)
                         request = request_of(submit, name(submit.handle))
-                        self.engine_loop.submit(stream, submit.handle, request)
+                        self.engine_loop.submit(stream, submit.handle, request, submit.source)
                     else:
                         handles.discard(message.cancel)
                         self.engine_loop.cancel(name(message.cancel))
@@ -251,7 +308,7 @@ class RankServer:
             del self._streams[stream]
 
     def _load_message(self) -> LoadMessage:
-        load = self.engine_loop.pulse.load
+        load = self.engine_loop.load
         return LoadMessage(
             running=load.running,
             waiting=load.waiting,

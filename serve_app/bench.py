@@ -230,7 +230,7 @@ def run(arguments: argparse.Namespace) -> None:
         for streams in arguments.streams.split(",")
     ]
     from rayseek.model.maker import BENCH
-    from rayseek.serve_app.cli import cache_folder, made_model
+    from rayseek.serve_app.start import cache_folder, made_model
 
     results: list[Result] = []
     if arguments.url:

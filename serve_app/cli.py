@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import sys
 from pathlib import Path
@@ -18,24 +17,7 @@ from urllib.parse import quote
 
 from rayseek.cluster.config import Config, ConfigFileError, load_config
 from rayseek.serve_app.arguments import parser
-
-
-def cache_folder() -> Path:
-    """Where models made on first start are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rayseek"
-
-
-def config_folder() -> Path:
-    """Where API keys are kept."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "rayseek"
-
-
-def key_file(config: Config) -> Path | None:
-    """The file of keys. None: the config has keys of its own and no such file is there."""
-    file = config_folder() / "keys.yaml"
-    if config.api.key_file is not None:
-        return config.api.key_file.absolute()
-    return file if file.exists() or not config.api.keys else None
+from rayseek.serve_app.start import config_folder, key_file, started
 
 
 def fail(message: object) -> NoReturn:
@@ -60,9 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Start, print where everything is, wait for Ctrl-C or SIGTERM, stop."""
-    from rayseek.serve_app.ingress import api_settings
-    from rayseek.serve_app.keys import KeyRing, first_key
-    from rayseek.serve_app.local import StartError, check_port, running
+    from rayseek.serve_app.local import StartError
 
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell set SIGINT to be ignored
         signal.signal(number, interrupt)
@@ -75,29 +55,12 @@ def serve(arguments: argparse.Namespace) -> None:
             f"render {arguments.config} > serve.yaml, then `serve deploy serve.yaml` there"
         )
     try:
-        check_port(config.ingress.host, config.ingress.port)
-        model = served_model(config)
-        from rayseek.cluster.build import engine_limits
-        from rayseek.model.checkpoint import Checkpoint
-
-        checkpoint = Checkpoint.open(model)  # every problem is told now, not by a dying rank
-        context = min(
-            engine_limits(checkpoint.config, config.engine_of(role)).context
-            for role in config.units
-        )
-        file = key_file(config)
-        shown = config.api.keys[0] if config.api.keys else None
-        if shown is None and file == config_folder() / "keys.yaml":
-            shown = first_key(file, config_folder() / "api_key")
-        if not len(KeyRing(config.api.keys, file)):
-            fail(f"{file} has no keys: rayseek keys add NAME --file {file}")
-        settings = api_settings(config, context, file, shown)
-        print(f"Starting Ray and the engine for {model} ...", flush=True)
-        with running(config, model, settings) as service:
+        with started(config) as service:
+            shown = service.shown_key
             print(
                 f"\n  Rayseek serves {config.model.name}\n"
                 f"  API        {service.address}/v1\n"
-                f"  API key    {shown or f'one of those in {file}'}\n"
+                f"  API key    {shown or f'one of those in {key_file(config)}'}\n"
                 f"  Pages      {service.address}/{f'#key={quote(shown)}' if shown else ''}\n"
                 f"  Dashboard  {service.dashboard}  (token {service.dashboard_token})\n"
                 f"  Logs       {service.logs}\n"
@@ -135,31 +98,6 @@ def with_overrides(config: Config, arguments: argparse.Namespace) -> Config:
     if arguments.host is not None:
         data["ingress"]["host"] = arguments.host
     return Config.model_validate(data)
-
-
-def served_model(config: Config) -> Path:
-    """The configured checkpoint, or the small random one, made now if it is not there yet."""
-    if config.model.path is not None:
-        return config.model.path.absolute()
-    from rayseek.model.maker import SMALL
-
-    return made_model(cache_folder() / "models" / "small-random-v1", SMALL)
-
-
-def made_model(path: Path, config: object) -> Path:
-    """A random checkpoint of this config at `path`; several processes may ask for it at once."""
-    from rayseek.model.config import ModelConfig
-    from rayseek.model.maker import make_checkpoint
-
-    assert isinstance(config, ModelConfig)
-    if not path.exists():
-        print(f"Making a random-weight model in {path} (once) ...", flush=True)
-        try:
-            make_checkpoint(path, config)
-        except (FileExistsError, OSError):
-            if not path.exists():
-                raise
-    return path
 
 
 def keys(arguments: argparse.Namespace) -> None:

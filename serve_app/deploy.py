@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ray import serve
 from ray.serve import Application
 
 from rayseek.cluster.config import Config
+from rayseek.cluster.experts import Experts
+from rayseek.cluster.layout import Deployment, layout
 from rayseek.cluster.unit import Unit
+from rayseek.model.config import ModelConfig
 from rayseek.serve_app.ingress import Ingress
 from rayseek.serve_app.settings import ApiSettings
 
@@ -19,29 +23,42 @@ DRAIN_S = 30.0
 def build(
     config: Config, model_path: Path, settings: ApiSettings, rank_host: str | None = None
 ) -> Application:
-    """`Ingress` over `Decode` (colocated: its units also prefill and hold every expert).
+    """`Ingress` over `Decode` and `Prefill`, whose units find their `Experts` by themselves.
 
     rank_host: where ranks listen for ingresses; None: on their node's address in the cluster.
     Classes are wrapped here and not decorated, so that replicas import them by name.
     """
-    longest_s = float(config.ingress.longest_stream_s)
-    decode = serve.deployment(
-        Unit,
-        name="Decode",
-        num_replicas=config.decode.units,
-        placement_group_bundles=[{"CPU": 0.1}, {"CPU": 0.5}],
-        placement_group_strategy="PACK",
-        ray_actor_options={"num_cpus": 0.1},
+    model = ModelConfig.from_pretrained(model_path)
+    whole = layout(config, model, str(model_path), rank_host)
+    units: dict[str, Application] = {}
+    experts: list[Application] = []
+    for deployment in whole.deployments:
+        if deployment.unit is not None:
+            units[deployment.name] = _inner(Unit, deployment).bind(deployment.unit)
+        elif deployment.rank is not None:
+            wanted_by = units[{"Experts": "Decode", "PrefillExperts": "Prefill"}[deployment.name]]
+            experts.append(_inner(Experts, deployment).bind(deployment.rank, wanted_by))
+    ingress = whole["Ingress"]
+    return serve.deployment(
+        serve.ingress()(Ingress),
+        name=ingress.name,
+        num_replicas=ingress.replicas,
+        ray_actor_options={"num_cpus": ingress.replica_cpus},
+        max_ongoing_requests=100_000,  # the engine's queue is the one that is bounded
+        graceful_shutdown_timeout_s=float(config.ingress.longest_stream_s),
+        health_check_period_s=5,
+    ).bind(settings, str(model_path), list(units.values()), experts)
+
+
+def _inner(kind: type, deployment: Deployment) -> Any:
+    return serve.deployment(
+        kind,
+        name=deployment.name,
+        num_replicas=deployment.replicas,
+        placement_group_bundles=[dict(bundle) for bundle in deployment.bundles],
+        placement_group_strategy=deployment.strategy,
+        ray_actor_options={"num_cpus": deployment.replica_cpus},
         max_ongoing_requests=1000,
         health_check_period_s=5,
         graceful_shutdown_timeout_s=DRAIN_S,
-    ).bind(str(model_path), config.engine, rank_host)
-    return serve.deployment(
-        serve.ingress()(Ingress),
-        name="Ingress",
-        num_replicas=config.ingress.replicas,
-        ray_actor_options={"num_cpus": 0.1},
-        max_ongoing_requests=100_000,  # the engine's queue is the one that is bounded
-        graceful_shutdown_timeout_s=longest_s,
-        health_check_period_s=5,
-    ).bind(settings, str(model_path), decode)
+    )

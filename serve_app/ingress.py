@@ -6,11 +6,13 @@ Serve handles.
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 from rayseek.cluster.config import Config
 from rayseek.cluster.dispatch import Dispatcher, RankAddress
+from rayseek.cluster.status import UnitStatus, statuses
 from rayseek.serve_app.app import build_app
 from rayseek.serve_app.grpc_door import GrpcDoor
 from rayseek.serve_app.http_methods import accept_methods_in_any_case
@@ -19,29 +21,36 @@ from rayseek.serve_app.service import Service
 from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Tokenizer
 
-DISCOVERY_TIMEOUT_S = 5.0
-
 
 class Ingress(GrpcDoor):
-    """Deployment class of `Ingress`. `decode` is the handle of the units' leaders."""
+    """Deployment class of `Ingress`.
 
-    def __init__(self, settings: ApiSettings, model_path: str, decode: Any) -> None:
+    units: handles of `Decode` and `Prefill`. experts: of the deployments that serve those units;
+    bound here so that Serve starts them, never called.
+    """
+
+    def __init__(
+        self, settings: ApiSettings, model_path: str, units: list[Any], experts: list[Any]
+    ) -> None:
         accept_methods_in_any_case()
         self._settings = settings
-        self._decode = decode
+        self._units = units
         self._tokenizer = Tokenizer.from_pretrained(Path(model_path))
+        self._statuses: list[UnitStatus] = []
 
     async def _discover(self) -> list[RankAddress]:
-        """Every rank of every unit that serves now."""
-        answers = await self._decode.broadcast("ranks").results_async(
-            timeout_s=DISCOVERY_TIMEOUT_S, return_exceptions=True
-        )
-        units: list[list[RankAddress]] = [a for a in answers if not isinstance(a, BaseException)]
-        return [rank for ranks in units for rank in ranks]
+        """Every attention rank of every unit that serves now."""
+        found = await asyncio.gather(*(statuses(units) for units in self._units))
+        self._statuses = [status for of_role in found for status in of_role]
+        return [rank for status in self._statuses for rank in status.ranks]
+
+    def _degraded(self) -> list[str]:
+        """A sentence for each thing that the units miss."""
+        return [problem for status in self._statuses for problem in status.problems]
 
     async def __serve_build_asgi_app__(self) -> Any:
         engine = Dispatcher(self._discover)
-        self._service = Service(self._settings, self._tokenizer, engine)
+        self._service = Service(self._settings, self._tokenizer, engine, self._degraded)
         return build_app(self._settings, self._tokenizer, engine, self._service)
 
 

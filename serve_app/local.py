@@ -48,6 +48,7 @@ class Running:
     dashboard: str
     dashboard_token: str  # Ray's dashboard asks for it
     logs: Path
+    shown_key: str | None = None  # one that may be shown on this machine
 
 
 def free_port(preferred: int = 0) -> int:

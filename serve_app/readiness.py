@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from rayseek.cluster.request import Delta, FinishReason, Request, SamplingParams
 from rayseek.serve_app.engine_port import Engine
@@ -35,13 +35,23 @@ class WatchedEngine:
 
 
 class Readiness:
-    def __init__(self, engine: WatchedEngine, settings: ApiSettings, probe_id: int) -> None:
+    def __init__(
+        self,
+        engine: WatchedEngine,
+        settings: ApiSettings,
+        probe_id: int,
+        problems: Callable[[], list[str]],
+    ) -> None:
         """`probe_id`: a token to start the probe's prompt with (BOS)."""
         self._engine, self._settings, self._probe_id = engine, settings, probe_id
+        self._problems = problems
         self._probe: asyncio.Task[str | None] | None = None
 
     async def check(self) -> dict[str, object]:
-        """{"ready": bool, ...}: a token came within the window, or a probe brings one in time."""
+        """{"ready": bool, ...}: a token came within the window, or a probe brings one in time.
+
+        "degraded": what is missing meanwhile, in sentences; absent when nothing is.
+        """
         reason = None
         if not self._fresh():
             # Callers who come together share one probe.
@@ -51,6 +61,8 @@ class Readiness:
         last = self._engine.last_token_s
         age = None if last is None else round(time.monotonic() - last, 3)
         state: dict[str, object] = {"ready": reason is None, "last_token_age_s": age}
+        if problems := self._problems():
+            state["degraded"] = problems
         return state if reason is None else {**state, "reason": reason}
 
     def _fresh(self) -> bool:

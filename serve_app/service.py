@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rayseek.serve_app.engine_port import Engine
 from rayseek.serve_app.errors import ApiError
@@ -18,10 +18,17 @@ from rayseek.serve_app.tokenizer import Tokenizer
 class Service:
     """One ingress replica's keys, limits and fair queue, over its engine."""
 
-    def __init__(self, settings: ApiSettings, tokenizer: Tokenizer, engine: Engine) -> None:
+    def __init__(
+        self,
+        settings: ApiSettings,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        problems: Callable[[], list[str]] = list,
+    ) -> None:
+        """problems: a sentence for each thing that is not as the config wants it."""
         self.settings, self.tokenizer = settings, tokenizer
         self.watched = WatchedEngine(engine)
-        self.readiness = Readiness(self.watched, settings, tokenizer.bos_id)
+        self.readiness = Readiness(self.watched, settings, tokenizer.bos_id, problems)
         self.keys = KeyRing(settings.api_keys, settings.key_file)
         self._limiter = Limiter(settings.ingress_replicas)
         self._fair = FairEngine(

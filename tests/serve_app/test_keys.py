@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rayseek.serve_app.cli import key_file, main
+from rayseek.serve_app.cli import main
 from rayseek.serve_app.errors import ApiError
 from rayseek.serve_app.keys import (
     FIRST,
@@ -24,6 +24,7 @@ from rayseek.serve_app.keys import (
     revoke_key,
     write_keys,
 )
+from rayseek.serve_app.start import key_file
 
 
 class Clock:

@@ -1,0 +1,60 @@
+"""What the processes of a unit are made of: an attention rank's engine, an expert rank's slots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from rayseek.cluster.build import build_engine
+from rayseek.cluster.engine import Engine
+from rayseek.cluster.participant import OnBroken, Participant
+from rayseek.cluster.placement import ExpertPlacement
+from rayseek.cluster.spec import RankSpec
+from rayseek.kernels.select import choose_ops, device_for
+from rayseek.model.checkpoint import Checkpoint
+from rayseek.model.expert_slots import ExpertSlots, ExpertStore
+
+
+class ExpertLoader:
+    """Loads what a placement gives this process; what it has already is kept."""
+
+    def __init__(self, store: ExpertStore) -> None:
+        self._store = store
+        self._slots: ExpertSlots | None = None
+
+    def load(self, placement: ExpertPlacement, holder: int) -> ExpertSlots:
+        """The slots of `holder`. One caller at a time."""
+        lists = {layer: placement.experts_of(holder, layer) for layer in placement.slots}
+        if self._slots is None or self._slots.lists != lists:
+            self._slots = self._store.load(lists, self._slots)
+        return self._slots
+
+
+def build_rank(
+    name: str, spec: RankSpec, host: str, on_broken: OnBroken
+) -> tuple[Engine, Participant | None, ExpertLoader | None]:
+    """An attention rank: its engine; its part in the unit and its experts, unless it is alone."""
+    path = Path(spec.model_path)
+    if spec.alone:
+        return build_engine(path, spec.settings), None, None
+    participant, loader = build_expert_rank(name, spec, host, on_broken)
+    return build_engine(path, spec.settings, participant), participant, loader
+
+
+def build_expert_rank(
+    name: str, spec: RankSpec, host: str, on_broken: OnBroken
+) -> tuple[Participant, ExpertLoader]:
+    """A process that takes part with experts; which ones, a plan will say."""
+    torch.set_num_threads(1)
+    checkpoint = Checkpoint.open(Path(spec.model_path))
+    settings = spec.settings
+    ops = choose_ops(device_for(settings.kernels), settings.kernels, settings.threads).ops
+    timeout_s = settings.step_timeout_s + GRACE_S
+    participant = Participant(
+        name, host, checkpoint.config, ops, spec.exchange, timeout_s, on_broken
+    )
+    return participant, ExpertLoader(ExpertStore(checkpoint, ops))
+
+
+GRACE_S = 5.0  # the leader finds out first who stands still, and kills it

@@ -1,0 +1,356 @@
+"""One process's part in the steps of its unit: agreement, passes, new plans.
+
+A pass is one run through the layers whose experts are spread over the unit. Every pass begins
+with a vote: who has rows, of which kind, and who knows of a newer plan. Those without rows take
+part with none. When an exchange breaks, because somebody died or left, the group is dropped, the
+next plan is awaited, and the pass runs again: it writes the same cache slots, so nobody notices
+but the clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
+
+import torch
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed import DistStoreError
+
+from rayseek.cluster.agreement import Agreement, Closed, Kind, Vote, agree
+from rayseek.cluster.exchange import Exchange, Mode, RemoteExperts
+from rayseek.cluster.group import ExchangeBroken, Group
+from rayseek.cluster.plan import ExpertRows, Pulse, UnitPlan
+from rayseek.kernels.ops import SplitOps
+from rayseek.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from rayseek.cluster.config import ExchangeSettings
+    from rayseek.model.expert_slots import ExpertSlots
+
+log = logging.getLogger("rayseek.participant")
+
+BELL_S = 30.0  # a sleeper looks up so often, should a bell be lost
+AGREEMENT = "agreement"
+FEW_ROWS = 32  # of a member in a pass
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """For the leader: the group of this epoch is of no use any more."""
+
+    epoch: int
+    reason: str
+
+
+OnBroken: TypeAlias = Callable[[Broken], None]
+
+
+class Participant:
+    """Owned by the thread that computes; the methods under "for other threads" are for others.
+
+    host: where the others find the key-value store that this member offers. timeout_s: how long
+    an exchange may stand still. on_broken: told of every group that had to be given up.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        host: str,
+        config: ModelConfig,
+        ops: SplitOps,
+        settings: ExchangeSettings,
+        timeout_s: float,
+        on_broken: OnBroken,
+    ) -> None:
+        self.name, self.config, self.ops = name, config, ops
+        self.settings, self.timeout_s = settings, timeout_s
+        self._store = _store_of_ours(host)
+        self._on_broken = on_broken
+        main = config.num_hidden_layers
+        self._layers = {
+            Kind.FORWARD: range(config.first_k_dense_replace, main),
+            Kind.DRAFT: range(main, config.stored_layers),
+        }
+        self.micro_batches = 1  # of the pass that is running
+        self._changed = threading.Condition()
+        self._newest: tuple[UnitPlan, ExpertSlots | None] | None = None
+        self._closed = False
+        self._useless_epoch = -1  # plans up to here have been given up
+        self._formed: _Formed | None = None
+        self._passes = 0
+        self._where, self._since = "start", time.monotonic()
+
+    @property
+    def store_port(self) -> int:
+        return int(self._store.port)
+
+    def experts(self, prefix: str) -> RemoteExperts:
+        """The experts of the layer `prefix` ("model.layers.3"), wherever a pass finds them."""
+        return RemoteExperts(self._exchange, int(prefix.rpartition(".")[2]))
+
+    def _exchange(self) -> Exchange:
+        assert self._formed is not None, "experts are reached within a pass only"
+        return self._formed.exchange
+
+    # ---- for other threads ----
+
+    def commit(self, plan: UnitPlan, slots: ExpertSlots | None) -> None:
+        """Follow this plan from the next pass on that everybody can. `slots`: its experts."""
+        with self._changed:
+            if self._newest is None or plan.epoch > self._newest[0].epoch:
+                self._newest = (plan, slots)
+            self._changed.notify_all()
+        self.ring()
+
+    def ring(self) -> None:
+        """There is something to do: wake all members if they sleep."""
+        with self._changed:
+            self._changed.notify_all()
+        formed = self._formed
+        if formed is not None and formed.asleep:
+            formed.ring()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self.ring()
+
+    @property
+    def pulse(self) -> Pulse:
+        formed, since = self._formed, self._since
+        where, waits = self._where, self._where == AGREEMENT
+        position = formed.exchange.position if formed else None
+        if position is not None and position.stage and position.since > since:
+            where, since = f"{where}, layer {position.layer}, {position.stage}", position.since
+            waits = position.waits
+        return Pulse(
+            epoch=formed.plan.epoch if formed else -1,
+            passes=self._passes,
+            where=where,
+            waits=waits,
+            idle=formed is None or formed.asleep,
+            since_s=time.monotonic() - since,
+        )
+
+    def take_expert_rows(self) -> ExpertRows | None:
+        """Rows that our slots got since the last call."""
+        formed = self._formed
+        if formed is None or formed.exchange.holding is None:
+            return None
+        return ExpertRows(formed.plan.placement.version, formed.exchange.take_slot_rows())
+
+    # ---- for the computing thread ----
+
+    def run(self, kind: Kind, rows: int, work: Callable[[], Result]) -> Result:
+        """Run a pass of our own: `work` computes it, reaching experts through `exchange`.
+
+        Takes part in the others' passes until ours is agreed on. `work` runs again from its start
+        if the group breaks meanwhile. Raises what `work` raises, and Closed.
+        """
+        while True:
+            try:
+                formed = self._group()
+                agreement = self._agreement(formed, kind, rows)
+                if agreement.kind == kind and not agreement.adopt:
+                    self._start_pass(formed, agreement)
+                    return work()
+                self._follow(formed, agreement)
+            except ExchangeBroken as broken:
+                self._drop(broken)
+            except Closed:
+                raise
+            except Exception:
+                # The others are in the middle of our pass: only a new group gets us out of step.
+                self._drop(ExchangeBroken(f"{self.name} failed in a pass"))
+                raise
+            finally:
+                self._at("between passes")
+
+    def idle(self, has_work: Callable[[], bool]) -> None:
+        """Nothing to do here: take part in one pass of the others, or sleep until a bell."""
+        try:
+            formed = self._group()
+            agreement = self._agreement(formed, Kind.NOTHING, 0)
+            if agreement.kind == Kind.NOTHING and not agreement.adopt:
+                self._sleep(formed, has_work)
+            else:
+                self._follow(formed, agreement)
+        except ExchangeBroken as broken:
+            self._drop(broken)
+        finally:
+            self._at("between passes")
+
+    def leave(self) -> None:
+        """Leave the group, which ends it for everybody."""
+        formed, self._formed = self._formed, None
+        if formed is not None:
+            formed.close()
+
+    # ---- inside ----
+
+    def _at(self, where: str) -> None:
+        self._where, self._since = where, time.monotonic()
+
+    def _agreement(self, formed: _Formed, kind: Kind, rows: int) -> Agreement:
+        self._at(AGREEMENT)
+        newest = self._newest
+        assert newest is not None
+        votes = formed.group.all_gather((kind, rows, newest[0].epoch))
+        agreement = agree([Vote(Kind(k), r, e) for k, r, e in votes], formed.plan.epoch)
+        self._at(f"{agreement.kind.name.lower()} pass {self._passes}")
+        return agreement
+
+    def _follow(self, formed: _Formed, agreement: Agreement) -> None:
+        """Take part in a pass without rows of our own, or adopt the plan that everybody has."""
+        if agreement.adopt:
+            self.leave()
+            return
+        parts = self._start_pass(formed, agreement)
+        formed.exchange.idle(self._layers[agreement.kind], parts)
+
+    def _start_pass(self, formed: _Formed, agreement: Agreement) -> int:
+        """Returns in how many micro-batches it runs."""
+        self._passes += 1
+        rows, exchange = agreement.rows, formed.exchange
+        exchange.mode = mode_of_pass(self.settings.mode, max(rows))
+        split = agreement.kind == Kind.FORWARD and max(rows) > 1
+        self.micro_batches = self.settings.micro_batches if split else 1
+        exchange.start_pass(self._passes, rows, self.micro_batches)
+        return self.micro_batches
+
+    def _sleep(self, formed: _Formed, has_work: Callable[[], bool]) -> None:
+        formed.asleep = True
+        try:
+            while not (has_work() or self._closed or self._has_newer(formed)):
+                if formed.wait_for_bell():
+                    break
+            else:
+                formed.ring()  # what we know of, the others must wake for
+        finally:
+            formed.asleep = False
+            formed.nap += 1
+
+    def _has_newer(self, formed: _Formed) -> bool:
+        return self._newest is not None and self._newest[0].epoch > formed.plan.epoch
+
+    def _group(self) -> _Formed:
+        """The group of the newest plan that is any good; waits for one."""
+        while self._formed is None:
+            self._at("waiting for a plan")
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._plan() is not None)
+                plan_and_slots = self._plan()
+            if self._closed:
+                raise Closed
+            assert plan_and_slots is not None
+            plan, slots = plan_and_slots
+            rank = plan.rank_of(self.name)
+            self._useless_epoch = plan.epoch  # whatever becomes of it, it is not formed twice
+            if rank is not None:  # else we are a spare, or one that is to leave
+                self._at(f"forming the group of epoch {plan.epoch}")
+                self._formed = _Formed(self, plan, rank, slots)
+        if self._closed:
+            raise Closed
+        return self._formed
+
+    def _plan(self) -> tuple[UnitPlan, ExpertSlots | None] | None:
+        """The newest one, if it has not been tried yet."""
+        newest = self._newest
+        return newest if newest is not None and newest[0].epoch > self._useless_epoch else None
+
+    def _drop(self, broken: ExchangeBroken) -> None:
+        """Leave the group, which ends it for everybody, and tell the leader."""
+        log.warning("%s: epoch %d ends: %s", self.name, self._useless_epoch, broken)
+        self._on_broken(Broken(self._useless_epoch, str(broken)))
+        self.leave()
+
+
+def take_part_for_ever(participant: Participant) -> None:
+    """The life of an expert rank's thread."""
+    try:
+        with contextlib.suppress(Closed), torch.inference_mode():
+            while True:
+                participant.idle(lambda: False)
+    finally:
+        participant.leave()
+
+
+def mode_of_pass(setting: Mode | Literal["auto"], most_rows: int) -> Mode:
+    """auto: a few rows to everybody cost less than asking how many are wanted where."""
+    if setting != "auto":
+        return setting
+    return "fixed" if most_rows <= FEW_ROWS else "exact"
+
+
+class _Formed:
+    """A formed group, with what belongs to it."""
+
+    def __init__(
+        self, me: Participant, plan: UnitPlan, rank: int, slots: ExpertSlots | None
+    ) -> None:
+        self.plan = plan
+        self._keys = f"{plan.members[0].name}/e{plan.epoch}"
+        host, port = _address(plan.members[0].store)
+        limit = timedelta(seconds=me.timeout_s)
+        nodes = sorted({m.node for m in plan.members})
+        self.group = Group(host, port, self._keys, rank, len(plan.members), me.timeout_s)
+        self.exchange = Exchange(
+            self.group, plan.placement, plan.holders, [nodes.index(m.node) for m in plan.members],
+            slots, me.ops, me.config.hidden_size, me.config.num_experts_per_tok,
+            hierarchical=len(nodes) > 1,
+        )  # fmt: skip
+        try:
+            # Two connections: one sleeps on the bell while the other rings it.
+            self._sleeper = TCPStore(host, port, is_master=False, timeout=limit)
+            self._ringer = TCPStore(host, port, is_master=False, timeout=limit)
+        except RuntimeError as error:
+            raise ExchangeBroken(f"the store of {plan.members[0].name} is gone") from error
+        self._ringing = threading.Lock()
+        self._rung = -1
+        self.asleep = False
+        self.nap = 0  # counts the sleeps of the epoch: all members agree on it
+
+    def ring(self) -> None:
+        with self._ringing, contextlib.suppress(RuntimeError):  # its host died: so did the group
+            if self._rung < self.nap:
+                self._rung = self.nap
+                self._ringer.set(f"{self._keys}/{self.nap}", "1")
+
+    def wait_for_bell(self) -> bool:
+        """Whether it rang within BELL_S. Raises ExchangeBroken if its host is gone."""
+        try:
+            self._sleeper.wait([f"{self._keys}/{self.nap}"], timedelta(seconds=BELL_S))
+        except DistStoreError:
+            return False
+        except RuntimeError as error:
+            raise ExchangeBroken(f"the store of {self.plan.members[0].name} is gone") from error
+        if self.nap >= 2:  # everybody has woken from it: they agreed since
+            self._sleeper.delete_key(f"{self._keys}/{self.nap - 2}")
+        return True
+
+    def close(self) -> None:
+        self.group.close()
+
+
+def _store_of_ours(host: str) -> TCPStore:
+    """A key-value store that listens on this address only."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family)
+    port = listener.getsockname()[1]
+    return TCPStore(
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+
+
+def _address(target: str) -> tuple[str, int]:
+    host, _, port = target.rpartition(":")
+    return host, int(port)

@@ -1,0 +1,34 @@
+"""A model whose experts are spread over a unit: every forward and draft is a pass of the unit."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rayseek.cluster.agreement import Kind
+from rayseek.cluster.participant import Participant
+from rayseek.model.batch import Batch
+from rayseek.model.cached_model import CachedModel, Passed
+
+
+class UnitModel:
+    """The engine's model on a rank that is not alone; see `CachedModel` for what passes compute."""
+
+    def __init__(self, model: CachedModel, participant: Participant) -> None:
+        self._model, self._participant = model, participant
+        self.drafts, self.hidden_size, self.cache = model.drafts, model.hidden_size, model.cache
+
+    def forward(self, batch: Batch) -> Passed:
+        part = self._participant
+
+        def work() -> Passed:
+            return self._model.forward(batch, part.micro_batches)
+
+        return part.run(Kind.FORWARD, len(batch.ids_T), work)
+
+    def draft(self, batch: Batch, hidden_TD: Tensor) -> Passed:
+        return self._participant.run(
+            Kind.DRAFT, len(batch.ids_T), lambda: self._model.draft(batch, hidden_TD)
+        )
+
+    def remember(self, batch: Batch, hidden_TD: Tensor) -> None:
+        self._model.remember(batch, hidden_TD)

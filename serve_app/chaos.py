@@ -1,0 +1,250 @@
+"""`rayseek chaos`: kill processes under load, and compare every stream with the undisturbed one.
+
+First each prompt is answered in peace. Then many streams ask the same prompts with the same seeds
+over and over, while every few seconds one process is killed or stopped. Not one stream may fail,
+and not one byte may differ; what a death costs is a pause, which is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import random
+import signal
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from rayseek.cluster.config import Config
+from rayseek.serve_app.local import StartError
+from rayseek.serve_app.start import started
+
+VICTIMS = {  # what dies -> how Ray names such processes
+    "rank": "ray::Rank",
+    "expert": "ray::ExpertRank",
+    "leader": "ray::ServeReplica:rayseek:Decode",
+    "prefill leader": "ray::ServeReplica:rayseek:Prefill",
+    "expert leader": "ray::ServeReplica:rayseek:Experts",
+}
+CALM_S = 1.0  # after every stream has moved again
+GIVE_UP_S = 180.0  # for a stream to move
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """kind: of process; at: seconds on the clock of the streams."""
+
+    kind: str
+    at: float
+
+
+@dataclass(slots=True)
+class Watch:
+    """What the streams saw. arrivals: of each stream, when something came."""
+
+    arrivals: list[list[float]]
+    finished: int = 0
+    failed: list[str] = field(default_factory=list)
+    differing: list[str] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def pause_after(self, kill: Kill, until: float) -> float:
+        """The longest silence of any stream that began before `until` and ended after the kill."""
+        longest = 0.0
+        for times in self.arrivals:
+            for before, after in zip(times, times[1:], strict=False):
+                if after > kill.at and before < until:
+                    longest = max(longest, after - max(before, kill.at))
+        return longest
+
+
+def prompts(count: int, seed: int) -> list[dict[str, object]]:
+    """Requests of different lengths and settings, each with its own seed."""
+    rng = random.Random(seed)
+    words = [
+        "count",
+        "sort",
+        "the",
+        "numbers",
+        "please",
+        "tell",
+        "me",
+        "about",
+        "experts",
+        "from",
+        "one",
+        "to",
+        "nine",
+    ]
+    return [
+        {
+            "prompt": " ".join(rng.choices(words, k=rng.choice([4, 12, 60, 200]))),
+            "max_tokens": rng.randrange(80, 200),
+            "temperature": rng.choice([0.0, 1.0, 1.5]),
+            "frequency_penalty": rng.choice([0.0, 0.0, 0.7]),
+            "seed": rng.randrange(2**31),
+            "stream": True,
+        }
+        for _ in range(count)
+    ]
+
+
+class Endpoint:
+    """Streams completions as text pieces."""
+
+    def __init__(self, url: str, key: str, model: str) -> None:
+        parts = urlsplit(url)
+        self._host, self._port = parts.hostname or "", parts.port
+        self._headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        self._model = model
+
+    def stream(self, request: dict[str, object]) -> Iterator[str]:
+        """Raises RuntimeError if the stream fails or ends without its end mark."""
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=GIVE_UP_S)
+        try:
+            body = json.dumps(request | {"model": self._model})
+            connection.request("POST", "/beta/completions", body, self._headers)
+            answer = connection.getresponse()
+            if answer.status != 200:
+                raise RuntimeError(f"status {answer.status}: {answer.read()[:200]!r}")
+            for line in answer:
+                if not line.startswith(b"data: "):
+                    continue
+                if line.startswith(b"data: [DONE]"):
+                    return
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise RuntimeError(f"error event: {event['error']}")
+                yield "".join(choice["text"] for choice in event["choices"])
+            raise RuntimeError("the stream ended without [DONE]")
+        finally:
+            connection.close()
+
+
+def run_stream(endpoint: Endpoint, watch: Watch, number: int, asked: Sequence[dict[str, object]],
+               expected: Sequence[str], seed: int) -> None:  # fmt: skip
+    """Ask one prompt after the other until told to stop; note everything that is not as it was."""
+    rng = random.Random(f"{seed}/{number}")
+    times = watch.arrivals[number]
+    while not watch.stop.is_set():
+        which, text = rng.randrange(len(asked)), ""
+        try:
+            for piece in endpoint.stream(asked[which]):
+                text += piece
+                times.append(time.monotonic())
+            if text != expected[which]:
+                watch.differing.append(f"prompt {which}: {text!r} instead of {expected[which]!r}")
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            watch.failed.append(f"prompt {which} after {len(text)} characters: {error!r}")
+            time.sleep(0.2)
+        watch.finished += 1
+
+
+def victims(root: psutil.Process, kind: str) -> list[psutil.Process]:
+    """The processes of a kind under `root`, those that are stopped already left out."""
+    found = []
+    for process in root.children(recursive=True):
+        try:
+            title = process.cmdline()[0]
+            if process.status() == psutil.STATUS_STOPPED:
+                continue
+        except (psutil.Error, IndexError):
+            continue
+        name = title.split(".")[0].split("#")[0] if kind in ("rank", "expert") else title
+        if (
+            name == VICTIMS[kind]
+            or (" " in kind or kind == "leader")
+            and name.startswith(VICTIMS[kind])
+        ):
+            found.append(process)
+    return found
+
+
+def disturb(
+    watch: Watch, kinds: Sequence[str], kills: int, every_s: float, number: int, seed: int
+) -> list[tuple[Kill, float]]:
+    """Kill one process after the other, and wait each time until every stream has moved again."""
+    rng, root = random.Random(seed), psutil.Process()
+    done: list[tuple[Kill, float]] = []
+    while len(done) < kills:
+        present = [kind for kind in kinds if victims(root, kind)]
+        if not present:
+            time.sleep(0.2)
+            continue
+        kind = rng.choice(present)
+        kill = Kill(kind, time.monotonic())
+        try:
+            rng.choice(victims(root, kind)).send_signal(number)
+        except (psutil.Error, IndexError):
+            continue
+        deadline = kill.at + GIVE_UP_S
+        while time.monotonic() < deadline:
+            if all(times and times[-1] > kill.at for times in watch.arrivals):
+                break
+            time.sleep(0.05)
+        time.sleep(max(CALM_S, kill.at + every_s - time.monotonic()))
+        done.append((kill, time.monotonic()))
+    return done
+
+
+def torment(endpoint: Endpoint, arguments: argparse.Namespace, console: Console) -> bool:
+    """The whole experiment against a running service below this process; whether it held."""
+    asked = prompts(arguments.prompts, arguments.seed)
+    console.print(f"Answering {len(asked)} prompts in peace ...")
+    expected = ["".join(endpoint.stream(request)) for request in asked]
+    watch = Watch([[] for _ in range(arguments.streams)])
+    threads = [
+        threading.Thread(
+            target=run_stream, args=(endpoint, watch, i, asked, expected, arguments.seed)
+        )
+        for i in range(arguments.streams)
+    ]
+    for thread in threads:
+        thread.start()
+    number = signal.SIGSTOP if arguments.stop else signal.SIGKILL
+    try:
+        time.sleep(2 * CALM_S)
+        kinds = arguments.kinds.split(",")
+        done = disturb(watch, kinds, arguments.kills, arguments.every, number, arguments.seed)
+    finally:
+        watch.stop.set()
+        for thread in threads:
+            thread.join()
+    report(watch, done, console)
+    return not watch.failed and not watch.differing
+
+
+def report(watch: Watch, done: Sequence[tuple[Kill, float]], console: Console) -> None:
+    table = Table("process", "kills", "pause p50 s", "pause p99 s")
+    pauses: dict[str, list[float]] = {}
+    for kill, until in done:
+        pauses.setdefault(kill.kind, []).append(watch.pause_after(kill, until))
+    for kind, found in pauses.items():
+        worst = sorted(found)[min(len(found) - 1, int(len(found) * 0.99))]
+        table.add_row(kind, str(len(found)), f"{statistics.median(found):.2f}", f"{worst:.2f}")
+    console.print(table)
+    console.print(
+        f"{watch.finished} streams, {len(watch.failed)} failed, "
+        f"{len(watch.differing)} with other text"
+    )
+    for problem, count in Counter(watch.failed + watch.differing).most_common(5):
+        console.print(f"  {count} x {problem[:300]}", highlight=False)
+
+
+def chaos(arguments: argparse.Namespace, config: Config) -> bool:
+    """Start the config's service here, and see whether it holds."""
+    console = Console()
+    with started(config) as service:
+        if service.shown_key is None:
+            raise StartError("the config's keys are not known here; set api.keys")
+        endpoint = Endpoint(service.address, service.shown_key, config.model.name)
+        return torment(endpoint, arguments, console)

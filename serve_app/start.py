@@ -1,0 +1,80 @@
+"""A config made into a running service on this machine: its folders, its model, its keys."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from rayseek.cluster.config import Config
+from rayseek.serve_app.local import Running, StartError, check_port, running
+
+
+def cache_folder() -> Path:
+    """Where models made on first start are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rayseek"
+
+
+def config_folder() -> Path:
+    """Where API keys are kept."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "rayseek"
+
+
+def key_file(config: Config) -> Path | None:
+    """The file of keys. None: the config has keys of its own and no such file is there."""
+    file = config_folder() / "keys.yaml"
+    if config.api.key_file is not None:
+        return config.api.key_file.absolute()
+    return file if file.exists() or not config.api.keys else None
+
+
+def served_model(config: Config) -> Path:
+    """The configured checkpoint, or the small random one, made now if it is not there yet."""
+    if config.model.path is not None:
+        return config.model.path.absolute()
+    from rayseek.model.maker import SMALL
+
+    return made_model(cache_folder() / "models" / "small-random-v1", SMALL)
+
+
+def made_model(path: Path, config: object) -> Path:
+    """A random checkpoint of this config at `path`; several processes may ask for it at once."""
+    from rayseek.model.config import ModelConfig
+    from rayseek.model.maker import make_checkpoint
+
+    assert isinstance(config, ModelConfig)
+    if not path.exists():
+        print(f"Making a random-weight model in {path} (once) ...", flush=True)
+        try:
+            make_checkpoint(path, config)
+        except (FileExistsError, OSError):
+            if not path.exists():
+                raise
+    return path
+
+
+@contextlib.contextmanager
+def started(config: Config) -> Iterator[Running]:
+    """The service of this config, until the block ends. Raises StartError and CheckpointError."""
+    from rayseek.cluster.build import engine_limits
+    from rayseek.model.checkpoint import Checkpoint
+    from rayseek.serve_app.ingress import api_settings
+    from rayseek.serve_app.keys import KeyRing, first_key
+
+    check_port(config.ingress.host, config.ingress.port)
+    model = served_model(config)
+    checkpoint = Checkpoint.open(model)  # every problem is told now, not by a dying rank
+    context = min(
+        engine_limits(checkpoint.config, config.engine_of(role)).context for role in config.units
+    )
+    file = key_file(config)
+    shown = config.api.keys[0] if config.api.keys else None
+    if shown is None and file == config_folder() / "keys.yaml":
+        shown = first_key(file, config_folder() / "api_key")
+    if not len(KeyRing(config.api.keys, file)):
+        raise StartError(f"{file} has no keys: rayseek keys add NAME --file {file}")
+    print(f"Starting Ray and the engine for {model} ...", flush=True)
+    with running(config, model, api_settings(config, context, file, shown)) as service:
+        yield replace(service, shown_key=shown)

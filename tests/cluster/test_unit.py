@@ -1,0 +1,210 @@
+"""A whole unit without Ray: leader, attention ranks and expert ranks, each with its threads.
+
+The leader is the real one; only the way from it to its processes is a call instead of Ray's. What
+comes out is compared with an engine that is alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import ray.exceptions
+
+from rayseek.cluster.build import build_engine
+from rayseek.cluster.config import EngineSettings, ExchangeSettings
+from rayseek.cluster.dispatch import Dispatcher
+from rayseek.cluster.engine import run_to_end
+from rayseek.cluster.plan import Wanted
+from rayseek.cluster.rank import ExpertRank, Rank, Seat
+from rayseek.cluster.request import Request, SamplingParams, Token
+from rayseek.cluster.spec import RankSpec, UnitSpec
+from rayseek.cluster.unit import Unit
+from rayseek.model.config import ModelConfig
+
+Answers = dict[str, list[object]]
+SETTINGS = EngineSettings(
+    cache_gib=0.02, max_context=512, max_batch=8, threads=1, step_timeout_s=5, chunk_tokens=48
+)
+
+
+class Method:
+    def __init__(self, call: Callable[..., Any], actor: Direct) -> None:
+        self._call, self._actor = call, actor
+
+    def remote(self, *arguments: Any) -> asyncio.Task[Any]:
+        return asyncio.ensure_future(self._actor.call(self._call, *arguments))
+
+
+class Direct:
+    """What an actor's handle does, in this process."""
+
+    def __init__(self, seat: Seat) -> None:
+        self.seat = seat
+        self.dead = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Method:
+        return Method(getattr(self.seat, name), self)
+
+    async def call(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        answer = asyncio.ensure_future(method(*arguments))
+        death = asyncio.ensure_future(self.dead.wait())
+        await asyncio.wait([answer, death], return_when=asyncio.FIRST_COMPLETED)
+        if self.dead.is_set():
+            answer.cancel()
+            raise ray.exceptions.ActorDiedError
+        death.cancel()
+        return answer.result()
+
+    async def die(self) -> None:
+        """As a process does: everything closes, nobody is told but through the sockets."""
+        if self.dead.is_set():
+            return
+        self.dead.set()
+        await asyncio.get_running_loop().run_in_executor(None, self.seat.stop)
+
+
+class Company(Unit):
+    """A unit whose processes are threads."""
+
+    def __init__(self, spec: UnitSpec) -> None:
+        super().__init__(spec, "unit")
+        self.actors: dict[str, Direct] = {}
+        self.killed: list[asyncio.Future[None]] = []
+
+    def _spawn(self, index: int, name: str) -> Any:
+        return self._made(Rank(name, self._spec.rank))
+
+    def _kill(self, actor: Direct) -> None:
+        self.killed.append(asyncio.ensure_future(actor.die()))
+
+    def _made(self, seat: Seat) -> Direct:
+        actor = self.actors[seat.name] = Direct(seat)
+        return actor
+
+    async def hire(self) -> str:
+        """Another expert rank comes and is taken in."""
+        actor = self._made(ExpertRank(f"expert-{len(self.actors)}", self._spec.rank))
+        started = await actor.seat.start()
+        assert await self.attach("unit", actor, started)
+        return actor.seat.name
+
+    async def kill(self, role: str, random: Random) -> None:
+        alive = [a for a in self.actors.values() if a.seat.role == role and not a.dead.is_set()]
+        await random.choice(alive).die()
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for actor in self.actors.values():
+            await actor.die()
+        for hand in self._company.hands.values():
+            if hand.watch is not None:
+                hand.watch.cancel()
+
+
+@contextlib.asynccontextmanager
+async def unit(
+    path: Path, attention: int = 1, experts: int = 0, redundant: int = 0, spares: int = 0,
+    **exchange: Any,
+) -> AsyncIterator[Company]:  # fmt: skip
+    config = ModelConfig.from_pretrained(path)
+    wanted = Wanted(
+        attention, experts, redundant, config.n_routed_experts, config.n_group,
+        tuple(range(config.first_k_dense_replace, config.stored_layers)),
+    )  # fmt: skip
+    rank = RankSpec(
+        "unit", str(path), SETTINGS, ExchangeSettings(**exchange),
+        alone=attention == 1 and not experts, dedicated=experts > 0, host="127.0.0.1", node="n0",
+    )  # fmt: skip
+    company = Company(UnitSpec("decode", wanted, rank, (0,) * attention, spares))
+    try:
+        for _ in range(experts + spares):
+            await company.hire()
+        async with asyncio.timeout(30):
+            while not (await company.status()).ranks:
+                await asyncio.sleep(0.02)
+        yield company
+    finally:
+        await company.close()
+
+
+def chosen(token: Token) -> object:
+    """What the law is about; how it was drafted is not."""
+    return token.id, token.logprob, token.top
+
+
+def requests(count: int, seed: int = 0) -> list[Request]:
+    random = Random(seed)
+    made = []
+    for i in range(count):
+        ids = tuple(random.randrange(3, 1500) for _ in range(random.choice([3, 20, 70, 150])))
+        params = SamplingParams(
+            max_tokens=random.randrange(10, 40),
+            temperature=random.choice([0.0, 0.7, 1.3]),
+            frequency_penalty=random.choice([0.0, 0.5]),
+            seed=i,
+            logprobs=random.choice([None, 2]),
+        )
+        made.append(Request(f"r{i}", ids, params))
+    return made
+
+
+async def answers(company: Company, asked: list[Request]) -> Answers:
+    async def discover() -> Any:
+        return list((await company.status()).ranks)
+
+    dispatcher = Dispatcher(discover, patience_s=30, refresh_s=0.05)
+    found: Answers = {}
+
+    async def one(request: Request) -> None:
+        tokens = found[request.id] = []
+        async for delta in dispatcher.generate(request):
+            assert delta.error is None, delta
+            tokens.extend(map(chosen, delta.tokens))
+
+    try:
+        async with asyncio.timeout(60):
+            await asyncio.gather(*(one(request) for request in asked))
+    finally:
+        await dispatcher.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_path: Path) -> Answers:
+    engine = build_engine(tiny_path, SETTINGS)
+    found: Answers = {}
+    for request in requests(40):
+        found[request.id] = []
+        engine.submit(request)
+    run_to_end(engine, lambda d: found[d.request_id].extend(map(chosen, d.tokens)))
+    return found
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"attention": 2},
+    {"attention": 4, "redundant": 8},
+    {"experts": 1},
+    {"experts": 2, "micro_batches": 2},
+    {"experts": 3, "redundant": 3, "mode": "exact"},
+    {"attention": 2, "experts": 5, "mode": "fixed"},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+async def test_the_tokens_do_not_depend_on_the_layout(
+    tiny_path: Path, undisturbed: Answers, layout: dict[str, Any]
+) -> None:
+    async with unit(tiny_path, **layout) as company:
+        found = await answers(company, requests(16))
+    assert found == {request.id: undisturbed[request.id] for request in requests(16)}

@@ -96,7 +96,8 @@ class MLA:
             kr_S1R = cached_SX[:, None, c.kv_lora_rank :].expand(-1, heads, -1)
             k_SHW = torch.cat([kv_SHW[..., :nope], kr_S1R], dim=-1)
             scores_HTS = torch.einsum("thw,shw->hts", q_THW[rows], k_SHW) * c.softmax_scale
-            future_TS = torch.arange(len(cached_SX))[None, :] > limit_T[:, None]
+            key_S = torch.arange(len(cached_SX), device=limit_T.device)
+            future_TS = key_S[None, :] > limit_T[:, None]
             probs_HTS = scores_HTS.masked_fill(future_TS, -torch.inf).softmax(dim=-1)
             out_THV[rows] = torch.einsum("hts,shv->thv", probs_HTS, kv_SHW[..., nope:])
         return out_THV.flatten(1)

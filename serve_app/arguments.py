@@ -55,7 +55,13 @@ def parser() -> argparse.ArgumentParser:
 
     _add_replay(commands.add_parser("replay", help="ask again; what differs from a kept answer?"))
 
-    bench = commands.add_parser("bench", help="throughput and latency, in-process and over HTTP")
+    _add_bench(
+        commands.add_parser("bench", help="throughput and latency, in-process and over HTTP")
+    )
+    return top
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--model", type=Path, help="checkpoint folder; default: the bench model")
     bench.add_argument("--url", help="measure this running server only, as http://host:port")
     bench.add_argument("--key", default=os.environ.get("OPENAI_API_KEY", ""), help="its API key")
@@ -78,7 +84,6 @@ def parser() -> argparse.ArgumentParser:
         "--slice", type=int, metavar="N", help="N layers of V3's true dimensions on one Hopper GPU"
     )
     bench.add_argument("--json", type=Path, help="write the figures there")
-    return top
 
 
 def _add_config(config: argparse.ArgumentParser) -> None:

@@ -161,3 +161,15 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--harness", metavar="TASKS", help="run these tasks of lm-eval instead, as mmlu_pro,aime24"
     )
+
+
+def _add_chaos(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", nargs="?", default="laptop-split", help="default: laptop-split")
+    command.add_argument("--port", type=int, help="port of the API (default 8000)")
+    command.add_argument("--streams", type=int, default=32, help="at the same time (default 32)")
+    command.add_argument("--prompts", type=int, default=24, help="different ones (default 24)")
+    command.add_argument("--kills", type=int, default=60, help="default 60")
+    command.add_argument("--every", type=float, default=3, help="seconds between kills, at least")
+    command.add_argument("--kinds", default="rank,expert,leader,expert leader", metavar="K,...")
+    command.add_argument("--stop", action="store_true", help="SIGSTOP instead of SIGKILL")
+    command.add_argument("--seed", type=int, default=0)

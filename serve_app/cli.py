@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
             "serve": serve, "config": configure, "keys": keys, "inspect": inspect,
             "make-model": make_model, "make-corpus": make_corpus, "train": train,
             "bench": bench, "conformance": conformance, "eval": evaluate, "replay": replay,
+            "chaos": torment,
         }[arguments.command](arguments)  # fmt: skip
     except (ConfigFileError, ValueError, FileExistsError, FileNotFoundError) as error:
         fail(error)
@@ -72,6 +73,17 @@ def serve(arguments: argparse.Namespace) -> None:
         fail(error)
     except KeyboardInterrupt:
         print("\nStopped.", flush=True)
+
+
+def torment(arguments: argparse.Namespace) -> None:
+    """Exit status 1 if a stream failed or had another text."""
+    from rayseek.serve_app.chaos import chaos
+
+    config = load_config(arguments.config)
+    if arguments.port is not None:
+        ingress = config.ingress.model_copy(update={"port": arguments.port})
+        config = config.model_copy(update={"ingress": ingress})
+    sys.exit(0 if chaos(arguments, config) else 1)
 
 
 def configure(arguments: argparse.Namespace) -> None:

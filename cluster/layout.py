@@ -104,6 +104,7 @@ def layout(
             alone=unit.attention_ranks == 1 and not dedicated,
             dedicated=dedicated,
             host=rank_host,
+            transfer=config.transfer,
         )
         places = tuple(
             Place("attention", role, number, index, node, device, 0 if dedicated else slots)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from torch.distributed import DistStoreError
 
 from rayseek.cluster.agreement import Agreement, Closed, Kind, Vote, agree
 from rayseek.cluster.exchange import Exchange, Mode, RemoteExperts
-from rayseek.cluster.group import ExchangeBroken, Group
+from rayseek.cluster.group import ExchangeBroken, Group, open_store
 from rayseek.cluster.plan import ExpertRows, Pulse, UnitPlan
 from rayseek.kernels.ops import SplitOps
 from rayseek.model.config import ModelConfig
@@ -72,7 +71,7 @@ class Participant:
     ) -> None:
         self.name, self.config, self.ops = name, config, ops
         self.settings, self.timeout_s = settings, timeout_s
-        self._store = _store_of_ours(host)
+        self._store = open_store(host)
         self._on_broken = on_broken
         main = config.num_hidden_layers
         self._layers = {
@@ -339,16 +338,6 @@ class _Formed:
 
     def close(self) -> None:
         self.group.close()
-
-
-def _store_of_ours(host: str) -> TCPStore:
-    """A key-value store that listens on this address only."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, 0), family=family)
-    port = listener.getsockname()[1]
-    return TCPStore(
-        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
 
 
 def _address(target: str) -> tuple[str, int]:

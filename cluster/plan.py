@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayseek.cluster.placement import ExpertPlacement, Loads, make_placement, settle, without
+from rayseek.cluster.transfer_counters import Transfers
 
 if TYPE_CHECKING:  # torch stays out of the leader's process
     from rayseek.cluster.engine import Load
@@ -178,6 +179,7 @@ class Pulse:
     since_s: float
     load: Load | None = None  # of an attention rank's engine
     expert_rows: ExpertRows | None = None  # of a holder, since it was asked last
+    transfers: Transfers | None = None  # of an attention rank
 
 
 @dataclass(frozen=True, slots=True)

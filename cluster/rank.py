@@ -111,7 +111,7 @@ class Rank(Seat):
         engine, self._participant, self._expert_loader = build_rank(
             self.name, self._spec, host, on_broken
         )
-        self._server = RankServer(engine, self._participant)
+        self._server = RankServer(engine, self._participant, self._spec.transfer)
         port = self._server.start(host)
         return RankAddress(self.name, f"{host}:{port}")
 
@@ -123,7 +123,8 @@ class Rank(Seat):
             raise RuntimeError("the engine's thread has died; this rank's log says of what")
         pulse = self._server.engine_loop.pulse
         rows = self._participant.take_expert_rows() if self._participant else None
-        return replace(pulse, expert_rows=rows)
+        transfers = self._server.engine_loop.transfers.counters.so_far
+        return replace(pulse, expert_rows=rows, transfers=transfers)
 
 
 class ExpertRank(Seat):

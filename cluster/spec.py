@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rayseek.cluster.config import EngineSettings, ExchangeSettings
+from rayseek.cluster.config import EngineSettings, ExchangeSettings, TransferSettings
 from rayseek.cluster.plan import Wanted
 
 UnitRole = Literal["decode", "prefill"]
@@ -29,6 +29,7 @@ class RankSpec:
     dedicated: bool
     host: str | None = None
     node: str | None = None
+    transfer: TransferSettings = TransferSettings()
 
 
 @dataclass(frozen=True, slots=True)

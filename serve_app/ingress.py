@@ -7,6 +7,7 @@ Serve handles.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,11 @@ class Ingress(GrpcDoor):
         """Every attention rank of every unit that serves now."""
         found = await asyncio.gather(*(statuses(units) for units in self._units))
         self._statuses = [status for of_role in found for status in of_role]
-        return [rank for status in self._statuses for rank in status.ranks]
+        return [
+            replace(rank, prefills=status.role == "prefill")
+            for status in self._statuses
+            for rank in status.ranks
+        ]
 
     def _degraded(self) -> list[str]:
         """A sentence for each thing that the units miss."""

@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
     _add_replay(commands.add_parser("replay", help="ask again; what differs from a kept answer?"))
 
+    _add_chaos(commands.add_parser("chaos", help="kill processes under load: nothing may be lost"))
     _add_bench(
         commands.add_parser("bench", help="throughput and latency, in-process and over HTTP")
     )

@@ -263,6 +263,13 @@ def test_assignment_is_the_cheapest(cost: list[list[int]]) -> None:
     assert sum(cost[r][c] for r, c in enumerate(choice)) == cheapest
 
 
+def test_the_plain_order_stays_where_balancing_is_no_better() -> None:
+    """Among them loads that the greedy packing makes worse."""
+    for load in ([1] * 6, [0] * 6, [1, 1, 4, 2, 2, 2]):
+        assert make_placement({0: load}, (0, 0)).slots == {0: (0, 1, 2, 3, 4, 5)}
+    assert make_placement({0: [9, 9, 9, 1, 1, 1]}, (0, 0)).slots != {0: (0, 1, 2, 3, 4, 5)}
+
+
 def test_load_counters() -> None:
     placement = make_placement({3: [1.0] * 4, 4: [1.0] * 4}, (0, 0))
     load = ExpertLoad([3, 4], 4, half_life_s=60)

@@ -8,7 +8,7 @@ heart. The key is the wording with its fillings.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 
@@ -17,7 +17,15 @@ import yaml
 from rayseek.serve_app.tasks.asking import chat
 from rayseek.serve_app.tasks.example import Answer, Chat, Language, Task
 from rayseek.serve_app.tasks.wording import drawn, plain, spoken
-from rayseek.serve_app.tasks.words import ANIMALS, NAMES, OBJECTS, invented, invented_name, name
+from rayseek.serve_app.tasks.words import (
+    ANIMALS,
+    NAMES,
+    OBJECTS,
+    chinese_word,
+    invented,
+    invented_name,
+    name,
+)
 
 # What is said, for what it does not know and for what it can not do.
 DECLINES: Mapping[Language, Mapping[str, str]] = {
@@ -38,6 +46,7 @@ _DECLINED = re.compile(
 )
 _SLOT = re.compile(r"\{(\w+)\}")
 _FOLDER = Path(__file__).parent
+_BEYOND_TOOLS = {"science", "health", "law", "opinion", "how_to", "write", "code"}
 _INVENTED_PERSON = 0.4
 _INVENTED_TOPIC = 0.12
 
@@ -66,6 +75,8 @@ _PATTERNS: Mapping[Language, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
 
 
 def _gibberish(random: Random, language: Language) -> str:
+    if language == "zh":  # Latin letters would not say in which language to answer
+        return chinese_word(random, random.randint(2, 6))
     letters = "abcdefghijklmnopqrstuvwxyz" if random.random() < 0.7 else "asdfghjkl1234567890?!."
     return "".join(random.choice(letters) for _ in range(random.randint(3, 10)))
 
@@ -97,7 +108,9 @@ _MADE: Mapping[str, Callable[[Random, Language], object]] = {
     "name": name,
     "thing": lambda random, language: random.choice(OBJECTS[language]),
     "animal": lambda random, language: random.choice(ANIMALS[language]),
-    "word": lambda random, language: invented(random),
+    "word": lambda random, language: (
+        chinese_word(random, 2) if language == "zh" else invented(random)
+    ),
     "Word": invented_name,
     "number": lambda random, language: random.randint(2, 99),
     "year": lambda random, language: random.randint(1066, 2049),
@@ -117,7 +130,20 @@ def declines(answer: Answer) -> bool:
 
 def ask(random: Random, language: Language) -> Chat:
     """A question from outside of what the small model knows."""
+    return _asked(random, language, *random.choice(_PATTERNS[language]))
+
+
+def ask_beyond_tools(random: Random, language: Language) -> Chat:
+    """Such a question that no usual tool could answer either."""
     kind, group, patterns = random.choice(_PATTERNS[language])
+    while group not in _BEYOND_TOOLS:
+        kind, group, patterns = random.choice(_PATTERNS[language])
+    return _asked(random, language, kind, group, patterns)
+
+
+def _asked(
+    random: Random, language: Language, kind: str, group: str, patterns: Sequence[str]
+) -> Chat:
     wording = drawn(random, random.choice(patterns))
     values = [_filling(random, language, slot) for slot in _SLOT.findall(wording)]
     end = "?" if kind == "unknown" or random.random() < 0.3 else "."

@@ -6,7 +6,7 @@ answer copies one and, from web pages, cites its page. The key is the fact and i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -34,7 +34,6 @@ _TEXTS: Mapping[Language, Mapping[str, Any]] = yaml.safe_load(
 )
 _PERSONS = {"city", "colour", "animal", "phone"}  # topics that are about somebody
 _THINGS = {"price", "code", "place"}
-_SEARCHED = 0.15  # of the questions; the prompt around web pages is long
 _PAIRED = 0.4  # of the files are lines "key: value"
 
 
@@ -93,34 +92,52 @@ def _says(value: str, page: int) -> Judge:
     return judge
 
 
-def make(random: Random, language: Language) -> Chat:
-    """A question about one of several facts."""
-    searched = random.random() < _SEARCHED
-    write = _pair if not searched and random.random() < _PAIRED else _fact
+def _facts(
+    random: Random, language: Language, write: Callable[[Random, Language], Stated]
+) -> tuple[list[Stated], int]:
+    """Some facts, one of each subject, and which is asked for."""
     made = (write(random, language) for _ in range(random.choice((2, 2, 3, 4))))
-    facts = list({fact.subject: fact for fact in made}.values())  # one of each subject
-    at = random.randrange(len(facts))
-    asked = facts[at]
-    question = filled(spoken(random, language, asked.question, polite=0.05), asked.subject)
-    answer = asked.answer
-    if searched:
-        pages = [SearchResult(fact.text, title=invented(random).capitalize()) for fact in facts]
-        text = search_prompt(pages, question, date=some_day(random), language=language)
-        end = answer[-1]
-        answer = f"{answer[:-1]}[citation:{at + 1}]{end}"
-    else:
-        files: str = _TEXTS[language]["files"]
-        file = random.choice(files.split("; "))
-        gap = "\n" if write is _pair or random.random() < 0.5 else " "
-        text = file_prompt([File(file, gap.join(fact.text for fact in facts))], question)
+    facts = list({fact.subject: fact for fact in made}.values())
+    return facts, random.randrange(len(facts))
+
+
+def _asked(
+    random: Random, language: Language, fact: Stated, prompt: Callable[[str], str], page: int = 0
+) -> Chat:
+    """The question for a fact in a prompt around it."""
+    question = filled(spoken(random, language, fact.question, polite=0.05), fact.subject)
+    cited = f"{fact.answer[:-1]}[citation:{page}]{fact.answer[-1]}"
     return chat(
         random,
         language,
-        key=f"{asked.text}|{searched}",
-        text=text,
-        answer=answer,
-        judge=_says(asked.value, at + 1 if searched else 0),
+        key=f"{fact.text}|{page > 0}",
+        text=prompt(question),
+        answer=cited if page else fact.answer,
+        judge=_says(fact.value, page),
     )
 
 
-TASKS = (Task("reading", make, weight=4),)
+def read(random: Random, language: Language) -> Chat:
+    """A question about a file."""
+    write = _pair if random.random() < _PAIRED else _fact
+    facts, at = _facts(random, language, write)
+    files: str = _TEXTS[language]["files"]
+    gap = "\n" if write is _pair or random.random() < 0.5 else " "
+    file = File(random.choice(files.split("; ")), gap.join(fact.text for fact in facts))
+    return _asked(random, language, facts[at], lambda question: file_prompt([file], question))
+
+
+def search(random: Random, language: Language) -> Chat:
+    """A question about web pages."""
+    facts, at = _facts(random, language, _fact)
+    pages = [SearchResult(fact.text, title=invented(random).capitalize()) for fact in facts]
+    day = some_day(random)
+
+    def prompt(question: str) -> str:
+        return search_prompt(pages, question, date=day, language=language)
+
+    return _asked(random, language, facts[at], prompt, at + 1)
+
+
+# The prompt around web pages is longer than everything else, so it is a task of its own.
+TASKS = (Task("reading", read, weight=3.5), Task("search", search, weight=0.5))

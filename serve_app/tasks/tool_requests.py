@@ -13,7 +13,7 @@ from random import Random
 
 from rayseek.serve_app.tasks.example import Answer, Call, Judge, Language
 from rayseek.serve_app.tasks.tool_specs import Declared
-from rayseek.serve_app.tasks.tool_values import KINDS, Value
+from rayseek.serve_app.tasks.tool_values import KINDS, Value, sum_of
 from rayseek.serve_app.tasks.wording import drawn
 
 _SLOT = re.compile(r"\{(=?)([^{}\"]+)\}")
@@ -37,10 +37,18 @@ class Request:
         return json.dumps(shown, ensure_ascii=False)
 
     @property
+    def part_keys(self) -> list[str]:
+        """What each call calls: function and arguments, whatever their names are here."""
+        return [self._key(values) for values in self.calls]
+
+    @property
     def key(self) -> str:
-        """What is called: function and arguments, whatever their names are here."""
-        meant = ({key: value for key, (_, value) in values.items()} for values in self.calls)
-        return self.tool.spec.key + json.dumps(sorted(map(str, meant)), ensure_ascii=False)
+        """What all its calls call together."""
+        return self._key(*self.calls)
+
+    def _key(self, *calls: Values) -> str:
+        meant = (str({key: value for key, (_, value) in values.items()}) for values in calls)
+        return self.tool.spec.key + json.dumps(sorted(meant), ensure_ascii=False)
 
 
 def filled(text: str, said: Mapping[str, str]) -> str:
@@ -82,7 +90,12 @@ def told(
     for values in calls:
         said = {key: str(meant) for key, (_, meant) in values.items()}
         slots = [slot for mark, slot in _SLOT.findall(output) if not mark and slot not in said]
-        made = {slot: KINDS[slot](random, language)[0] for slot in slots}
+        made = {
+            slot: sum_of(said["expression"])
+            if slot == "result"
+            else KINDS[slot](random, language)[0]
+            for slot in slots
+        }
         results.append((filled(output, said | made), filled(answer, said | made), [*made.values()]))
     return results
 

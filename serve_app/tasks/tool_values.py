@@ -6,6 +6,7 @@ Most are the same text; "20 dollars" means the code USD.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
@@ -113,6 +114,14 @@ def _sum(random: Random, language: Language) -> str:
     return random.choice((" ", " ", "")).join((terms[0], sign, terms[1]))
 
 
+def sum_of(expression: str) -> str:
+    """The result of a sum that `_sum` wrote, to two decimals."""
+    first, sign, second = re.split(r"\s*([-+*/])\s*", expression)
+    a, b = int(first), int(second)
+    value = {"+": a + b, "-": a - b, "*": a * b, "/": round(a / b, 2)}[sign]
+    return str(int(value) if value == int(value) else value)
+
+
 def _place(random: Random, language: Language) -> str:
     if language == "zh" or random.random() < 0.4:
         return invented_name(random, language)
@@ -158,7 +167,6 @@ KINDS: Mapping[str, Kind] = {
     "dice": _same(lambda random, language: random.choice((4, 6, 8, 10, 12, 20, 100))),
     "die": _between(1, 100),
     "temp": _between(-20, 40),
-    "result": _between(0, 99999),
     "money": _same(lambda random, language: random.randint(100, 99999) / 100),
     "phone": _same(_phone),
     "number": _same(_number),

@@ -13,7 +13,7 @@ from random import Random
 from rayseek.serve_app.prompt import Message, ToolCall
 from rayseek.serve_app.tasks import chat, decline, facts
 from rayseek.serve_app.tasks.asking import general_system
-from rayseek.serve_app.tasks.example import Chat, Language, Task, draw
+from rayseek.serve_app.tasks.example import Chat, Judge, Language, Task, draw, is_held_out
 from rayseek.serve_app.tasks.tool_invention import invented_spec
 from rayseek.serve_app.tasks.tool_requests import (
     Request,
@@ -38,7 +38,15 @@ _RIVALS = (
 )
 # What the small model answers itself, or what stands in for too much, is never missing.
 _NEVER_MISSING = {"calculator", "translate", "remember"}
+# What is answered without a function, whichever there are.
+_UNAIDED = (
+    *chat.TASKS,
+    *facts.TASKS,
+    Task("decline", decline.ask_beyond_tools, weight=1),
+)
+_NAME = "tools"
 _INVENTED = 0.33
+_MOST_TEXT = 10  # parameters, about; another function is not offered beside as many
 _NUMBER_OF_TOOLS = (1, 1, 1, 1, 1, 2, 2, 2, 3, 4)
 _JOINS: Mapping[Language, tuple[str, ...]] = {
     "en": (
@@ -66,17 +74,26 @@ def _rivals(spec: Spec, others: Sequence[Declared]) -> bool:
 
 def _offered(
     random: Random, language: Language, needed: Sequence[Declared], avoided: Sequence[Declared] = ()
-) -> tuple[Mapping[str, object], ...]:
-    """The needed functions among others, in random order."""
+) -> list[Declared]:
+    """The needed functions among others, in random order; few where they are long."""
     tools = list(needed)
-    count = max(random.choice(_NUMBER_OF_TOOLS), 1)
-    while len(tools) < count or not tools:
+    count = random.choice(_NUMBER_OF_TOOLS)
+    while not tools or (len(tools) < count and sum(map(_size, tools)) < _MOST_TEXT):
         spec = _spec(random, language)
         if not _rivals(spec, [*tools, *avoided]):
             tool = declared(random, language, spec)
             if tool.name not in {other.name for other in tools}:
                 tools.append(tool)
     random.shuffle(tools)
+    return tools
+
+
+def _size(tool: Declared) -> int:
+    """About how much text a declaration is, in parameters."""
+    return 2 + len(tool.shown)
+
+
+def _functions(tools: Sequence[Declared]) -> tuple[Mapping[str, object], ...]:
     return tuple(tool.function for tool in tools)
 
 
@@ -98,44 +115,53 @@ def _calls(requests: Sequence[Request]) -> tuple[ToolCall, ...]:
     return tuple(ToolCall(f"call_{i}", name, text) for i, (name, text) in enumerate(made))
 
 
-def _requests(random: Random, language: Language) -> tuple[tuple[Request, ...], str]:
-    """One function asked for once, or one for several values, or two; and the joint wording."""
+def _joined(random: Random, language: Language, first: Request, second: Request) -> list[Request]:
+    """Two requests in one sentence, which the first of them has."""
+    later = second.wording
+    for key in second.said:
+        later = later.replace(f"{{{key}}}", f"{{{key}'}}")
+    both = random.choice(_JOINS[language]).replace("{}", first.wording, 1)
+    said = {**first.said, **{f"{key}'": value for key, value in second.said.items()}}
+    return [replace(first, wording=both.replace("{}", later, 1), said=said), second]
+
+
+def _drawn_requests(random: Random, language: Language) -> list[Request]:
+    """One function asked for once, or one for several values, or two."""
     tool = declared(random, language, _spec(random, language))
     roll = random.random()
     if roll < 0.72:
-        one = request(random, language, tool)
-        return (one,), one.wording
+        return [request(random, language, tool)]
     if roll < 0.87:
         while not tool.spec.many:
             tool = declared(random, language, _spec(random, language))
-        one = request(random, language, tool, random.choice((2, 2, 2, 3)))
-        return (one,), one.wording
+        return [request(random, language, tool, random.choice((2, 2, 2, 3)))]
     other = declared(random, language, _spec(random, language))
     while _rivals(other.spec, [tool]) or other.name == tool.name:
         other = declared(random, language, _spec(random, language))
     first, second = request(random, language, tool), request(random, language, other)
-    both = random.choice(_JOINS[language])
-    renamed = {f"{key}'": value for key, value in second.said.items()}
-    wording = both.replace("{}", first.wording, 1)
-    later = second.wording
-    for key in second.said:
-        later = later.replace(f"{{{key}}}", f"{{{key}'}}")
-    joint = replace(first, said={**first.said, **renamed})
-    return (joint, second), wording.replace("{}", later, 1)
+    return _joined(random, language, first, second)
 
 
-def _call(random: Random, language: Language, *, answered: bool) -> Chat:
-    """A question that functions are called for; `answered`: their outputs are there as well."""
-    requests, wording = _requests(random, language)
-    question = _asked(random, language, wording, requests[0].said)
-    messages = (*_opening(random, language), question)
-    tools = _offered(random, language, [entry.tool for entry in requests])
-    key = "+".join(sorted(entry.key for entry in requests))
+def _key(requests: Sequence[Request]) -> str:
+    return "+".join(sorted(entry.key for entry in requests))
+
+
+def _requests(random: Random, language: Language) -> list[Request]:
+    """Requests that are held out together exactly if one of their calls is."""
+    while True:
+        requests = _drawn_requests(random, language)
+        parts = [key for entry in requests for key in entry.part_keys]
+        held = any(is_held_out(_NAME, part) for part in parts)
+        if held == is_held_out(_NAME, _key(requests)):
+            return requests
+
+
+def _exchange(
+    random: Random, language: Language, requests: Sequence[Request]
+) -> tuple[tuple[Message, ...], Message, Judge]:
+    """The messages from the question to the functions' outputs, the answer, and its judge."""
+    question = _asked(random, language, requests[0].wording, requests[0].said)
     calls = _calls(requests)
-    called = Message("assistant", None, calls)
-    if not answered:
-        judge = calls_exactly([(call.name, call.arguments) for call in calls])
-        return Chat(key, messages, called, judge, tools, language=language)
     results = [
         result for entry in requests for result in told(random, language, entry.tool, entry.calls)
     ]
@@ -145,18 +171,60 @@ def _call(random: Random, language: Language, *, answered: bool) -> Chat:
     )
     text = ("" if language == "zh" else " ").join(answer for _, answer, _ in results)
     judge = reports([value for _, _, values in results for value in values])
+    called = Message("assistant", None, calls)
+    return (question, called, *outputs), Message("assistant", text), judge
+
+
+def _called(random: Random, language: Language) -> Chat:
+    """A question that functions are called for."""
+    requests = _requests(random, language)
+    question = _asked(random, language, requests[0].wording, requests[0].said)
+    tools = _offered(random, language, [entry.tool for entry in requests])
+    calls = _calls(requests)
     return Chat(
-        key, (*messages, called, *outputs), Message("assistant", text), judge, tools,
+        _key(requests),
+        (*_opening(random, language), question),
+        Message("assistant", None, calls),
+        calls_exactly([(call.name, call.arguments) for call in calls]),
+        _functions(tools),
         language=language,
-    )  # fmt: skip
+    )
+
+
+def _answered(random: Random, language: Language) -> Chat:
+    """Functions were called, and their outputs are to be told."""
+    requests = _requests(random, language)
+    messages, answer, judge = _exchange(random, language, requests)
+    tools = _functions(_offered(random, language, [entry.tool for entry in requests]))
+    messages = (*_opening(random, language), *messages)
+    return Chat(_key(requests), messages, answer, judge, tools, language=language)
+
+
+def _called_again(random: Random, language: Language) -> Chat:
+    """After a first question with its answer, a second one for one of the functions."""
+    requests = _requests(random, language)
+    while is_held_out(_NAME, _key(requests)):
+        requests = _requests(random, language)
+    messages, answer, _ = _exchange(random, language, requests)
+    tools = _offered(random, language, [entry.tool for entry in requests])
+    second = request(random, language, random.choice(tools))
+    question = _asked(random, language, second.wording, second.said)
+    calls = _calls([second])
+    return Chat(
+        second.key,
+        (*_opening(random, language), *messages, answer, question),
+        Message("assistant", None, calls),
+        calls_exactly([(call.name, call.arguments) for call in calls]),
+        _functions(tools),
+        language=language,
+    )
 
 
 def _not_needed(random: Random, language: Language) -> Chat:
     """A greeting, a question about the system or a fact, answered without the functions."""
-    source = random.choice((*chat.TASKS, *facts.TASKS, *decline.TASKS))
-    asked = draw(source, "train", random, language)
+    asked = draw(random.choice(_UNAIDED), "train", random, language)
     assert isinstance(asked, Chat)
-    tools = _offered(random, language, ())
+    tools = _functions(_offered(random, language, ()))
     names = ",".join(str(tool["name"]) for tool in tools)
     return replace(asked, key=f"no call|{asked.key}|{names}", tools=tools)
 
@@ -168,7 +236,7 @@ def _missing(random: Random, language: Language) -> Chat:
         spec = random.choice(_REAL)
     absent = declared(random, language, spec)
     asked = request(random, language, absent)
-    tools = _offered(random, language, (), [absent])
+    tools = _functions(_offered(random, language, (), [absent]))
     messages = (
         *_opening(random, language), _asked(random, language, asked.wording, asked.said)
     )  # fmt: skip
@@ -185,7 +253,9 @@ def make(random: Random, language: Language) -> Chat:
         return _not_needed(random, language)
     if roll < 0.22:
         return _missing(random, language)
-    return _call(random, language, answered=roll < 0.48)
+    if roll < 0.28:
+        return _called_again(random, language)
+    return _answered(random, language) if roll < 0.52 else _called(random, language)
 
 
-TASKS = (Task("tools", make, weight=9),)
+TASKS = (Task(_NAME, make, weight=9),)

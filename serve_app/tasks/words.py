@@ -46,11 +46,16 @@ def invented(random: Random, syllables: int = 0) -> str:
     return "".join(parts) + random.choice(_ENDS)
 
 
+def chinese_word(random: Random, length: int) -> str:
+    """Characters that are used to write foreign names, in an order that means nothing."""
+    return "".join(random.choice(_CHINESE) for _ in range(length))
+
+
 def invented_name(random: Random, language: Language) -> str:
     """A name that nobody has: "Tozasok", "莱多尼"; in Chinese questions a fifth are Latin."""
     if language == "en" or random.random() < 0.2:
         return invented(random).capitalize()
-    return "".join(random.choice(_CHINESE) for _ in range(random.choice((2, 2, 3))))
+    return chinese_word(random, random.choice((2, 2, 3)))
 
 
 def name(random: Random, language: Language) -> str:

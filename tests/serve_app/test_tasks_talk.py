@@ -84,7 +84,7 @@ def test_arguments_stand_in_the_question(language: Language) -> None:
         if parameter.kind in ("currency", "choice")
     }
     for example in made("tools", language):
-        question = next(m.content for m in example.messages if m.role == "user") or ""
+        question = [m.content or "" for m in example.messages if m.role == "user"][-1]
         for call in example.answer.tool_calls:
             for name, value in json.loads(call.arguments).items():
                 if name not in translated and not isinstance(value, bool):
@@ -190,7 +190,7 @@ def test_the_dated_prompt_is_read_by_the_calendar(language: Language) -> None:
 
 @BY_LANGUAGE
 def test_what_is_read_or_remembered_was_told(language: Language) -> None:
-    for example in made("reading", language, 500):
+    for example in (*made("reading", language, 300), *made("search", language, 200)):
         told = example.messages[-1].content or ""
         answer = (example.answer.content or "").split("[citation")[0]
         assert answer.rstrip(".。").split(" ")[-1].split("是")[-1] in told

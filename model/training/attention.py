@@ -43,7 +43,7 @@ class RowAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, q_BHLW: Tensor, k_BHLW: Tensor, v_BHLV: Tensor, mask_B1LL: Tensor, scale: float
     ) -> Tensor:
         probs = _probabilities(q_BHLW @ k_BHLW.mT, mask_B1LL, scale)
@@ -52,7 +52,7 @@ class RowAttention(torch.autograd.Function):
         return probs @ v_BHLV
 
     @staticmethod
-    def backward(ctx: Any, out_BHLV: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, out_BHLV: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, probs = ctx.saved_tensors
         dscores = _score_gradient(probs, out_BHLV @ v.mT, ctx.scale)
         return dscores @ k, dscores.mT @ q, probs.mT @ out_BHLV, None, None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
-import torch.multiprocessing as processes
+from torch.multiprocessing.spawn import spawn
 
 from rayseek.model.training.exchange import Alone, join
 from rayseek.model.training.export import export
@@ -26,12 +28,24 @@ def load(path: Path, steps: int | None, workers: int | None) -> RunConfig:
 
 
 def run(config: RunConfig, folder: Path) -> None:
-    """Train in this process, or in config.workers new ones."""
+    """Train in this process, or in config.workers new ones, until done or told to stop."""
     if config.workers == 1:
         train(config, folder, Alone())
         return
-    meeting = os.path.join(tempfile.mkdtemp(prefix="rayseek-train-"), "meeting")
-    processes.spawn(_worker, (config, folder, meeting), nprocs=config.workers)
+    with tempfile.TemporaryDirectory(prefix="rayseek-train-") as meeting:
+        where = os.path.join(meeting, "file")
+        workers = spawn(_worker, (config, folder, where), nprocs=config.workers, join=False)
+        assert workers is not None
+
+        def pass_on(number: int, _: object) -> None:
+            for pid in workers.pids():
+                with suppress(ProcessLookupError):  # it is done
+                    os.kill(pid, number)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, pass_on)
+        while not workers.join():
+            pass
 
 
 def _worker(rank: int, config: RunConfig, folder: Path, meeting: str) -> None:

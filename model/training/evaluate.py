@@ -52,20 +52,20 @@ def evaluate_batches(
 def _totals(model: TrainedModel, batch: PackedBatch) -> Tensor:
     # With gradients, though none are wanted: the layers are compiled for that already.
     main_TD, mtp_TD = (state.detach() for state in states(model, batch))
-    weight_T = torch.from_numpy(batch.next_weight == 1).float()
-    target_T, after_T = torch.from_numpy(batch.next_ids), torch.from_numpy(batch.after_ids)
-    after_weight_T = torch.from_numpy(batch.after_weight == 1)
-    row_R = (weight_T > 0).nonzero().flatten()
+    whole = (batch.next_weight == 1, batch.after_weight == 1)
+    weight_T, after_weight_T, target_T, after_T = (
+        torch.from_numpy(array).to(model.device)
+        for array in (*whole, batch.next_ids, batch.after_ids)
+    )
+    row_R = weight_T.nonzero().flatten()
     logits = (main_TD[row_R] @ model.main.head.detach().T).float()
     losses = torch.nn.functional.cross_entropy(logits, target_T[row_R], reduction="none")
     greedy_T = torch.full_like(target_T, -1)
     greedy_T[row_R] = logits.argmax(-1)
-    weights = weight_T[row_R]
-    right = ((logits.argmax(-1) == target_T[row_R]) * weights).sum()
+    right = (logits.argmax(-1) == target_T[row_R]).sum()
     draft_R = after_weight_T.nonzero().flatten()
     draft_logits = (mtp_TD[draft_R] @ model.main.head.detach().T).float()
     mtp_losses = torch.nn.functional.cross_entropy(draft_logits, after_T[draft_R], reduction="sum")
     accepted = (draft_logits.argmax(-1) == greedy_T[draft_R + 1]).sum()
-    parts = [(losses * weights).sum(), weights.sum(), right, torch.tensor(len(draft_R)), accepted,
-             mtp_losses]  # fmt: skip
-    return torch.stack([p.double() for p in parts])
+    found = (losses.sum(), len(row_R), right, len(draft_R), accepted, mtp_losses)
+    return torch.tensor([float(part) for part in found], dtype=torch.float64)

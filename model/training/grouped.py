@@ -87,7 +87,7 @@ class GroupedExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x_TD: Tensor, weight_TK: Tensor, gate_up: Tensor, down: Tensor, plan: Plan
     ) -> Tensor:
         rows = len(plan.token_R)
@@ -101,7 +101,7 @@ class GroupedExperts(torch.autograd.Function):
         return _combine(y_RD, plan.slot_TK)
 
     @staticmethod
-    def backward(ctx: Any, out_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, out_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weight_R, gate_up, down, hidden = ctx.saved_tensors
         plan = ctx.plan
         dy_RD = out_TD.index_select(0, plan.token_R)

@@ -36,7 +36,7 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, state_TD: Tensor, head_VD: Tensor, target_T: Tensor, weight_T: Tensor
     ) -> tuple[Tensor, Tensor]:
         row_R = weight_T.nonzero().flatten()
@@ -65,8 +65,6 @@ class HeadLoss(torch.autograd.Function):
         return loss, right_T
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, dloss: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dstate_TD, dhead = ctx.saved_tensors
         return dstate_TD * dloss.to(dstate_TD.dtype), dhead * dloss.to(dhead.dtype), None, None

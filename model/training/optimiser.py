@@ -54,7 +54,7 @@ class Optimiser:
                 views = [x.view(rows, columns) for x in (w, g, m)]
                 tall = rows > columns
                 shape = (columns, rows) if tall else (rows, columns)
-                self.by_shape.setdefault(shape, []).append((*views, tall))  # type: ignore[arg-type]
+                self.by_shape.setdefault(shape, []).append((*views, tall))
 
     @torch.no_grad()
     def step(self, number: int, muon_rate: float, adam_rate: float, scale: float) -> None:

@@ -8,6 +8,7 @@ exchanging, scaling and clipping them is one operation.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from rayseek.model.transformer import Transformer
 RESIDUAL = ("o_proj.weight", "down_proj.weight")  # what writes into the residual stream
 
 
-def initial_tensors(config: ModelConfig, seed: int) -> dict[str, Tensor]:
+def initial_tensors(config: ModelConfig, seed: int, device: torch.device) -> dict[str, Tensor]:
     """Float32 starting values by checkpoint name, without the MTP module's copies.
 
     Matrices keep the scale of their input; those that write into the residual stream start small.
@@ -40,7 +41,7 @@ def initial_tensors(config: ModelConfig, seed: int) -> dict[str, Tensor]:
             std = 0.1 if spec.kind == Kind.EMBEDDING else 0.5 / math.sqrt(spec.shape[-1])
             std *= 0.2 if name.endswith(RESIDUAL) else 1.0
             tensors[name] = torch.randn(spec.shape, generator=generator) * std
-    return tensors
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 class Parameter:
@@ -75,7 +76,7 @@ class TrainedModel:
         self.bias = {name: tensors[name] for name in self.biases}
         leaves = self.ops.leaves + [Leaf([name], tensors[name]) for name in direct]
         total = sum(leaf.tensor.numel() for leaf in leaves)
-        device = self.main.embed_VD.device
+        self.device = device = self.main.embed_VD.device
         self.master, self.gradient = (
             torch.empty(total, device=device),
             torch.zeros(total, device=device),
@@ -120,7 +121,7 @@ class TrainedModel:
         return found
 
 
-def _collector(gradient: Tensor):  # type: ignore[no-untyped-def]
+def _collector(gradient: Tensor) -> Callable[[Tensor], None]:
     def collect(leaf: Tensor) -> None:
         assert leaf.grad is not None
         gradient.add_(leaf.grad)

@@ -6,6 +6,7 @@ A field exists only if two runs would differ in it. Paths are relative to the wo
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -42,7 +43,8 @@ class Schedule(Section):
 class Balance(Section):
     """Load balancing (spec section 3) and the MTP loss (section 2.4): value, then in the decay."""
 
-    bias_step: tuple[float, float] = (0.003, 0.001)  # 0 in the last 2 % of all steps
+    # [0, 0] switches the rule off; with it, biases rest in the last 2 % of all steps
+    bias_step: tuple[float, float] = (0.003, 0.001)
     sequence_loss: float = Field(default=1e-4, ge=0)
     mtp_weight: tuple[float, float] = (0.3, 0.1)
 
@@ -55,6 +57,8 @@ class RunConfig(Section):
     seed: int = 0
     workers: int = Field(default=1, ge=1)  # processes that share each step's batches
     threads: int = Field(default=1, ge=1)  # of a worker
+    device: Literal["cpu", "cuda"] = "cpu"
+    compiled: bool = True  # layers by torch.compile: minutes at the start, faster steps
     log_steps: int = Field(default=20, ge=1)
     eval_steps: int = Field(default=500, ge=1)
     eval_batches: int = Field(default=8, ge=1)

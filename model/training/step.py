@@ -20,6 +20,11 @@ class Sums:
     values: Tensor  # float64: loss, weight, right, MTP loss, MTP weight, MTP right
     count_LE: Tensor  # float64 [MoE layers, E], the MTP module's last: tokens of each expert
 
+    def add(self, other: Sums) -> None:
+        """Take another's totals in."""
+        self.values += other.values
+        self.count_LE += other.count_LE
+
     @staticmethod
     def zeros(layers: int, experts: int) -> Sums:
         return Sums(torch.zeros(6, dtype=torch.float64), torch.zeros(layers, experts).double())
@@ -27,12 +32,13 @@ class Sums:
 
 def states(model: TrainedModel, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """Normed states [T, D] of the main model and of the MTP module, as the head takes them."""
-    position = torch.from_numpy(batch.position).int()
+    device = model.device
+    position = torch.from_numpy(batch.position).int().to(device)
     model.ops.begin(batch.row_tokens, position)
     rows = model.rows()
     unused = torch.empty(0)
     first, second = (
-        Batch(torch.from_numpy(ids), position, unused, unused, unused, unused)
+        Batch(torch.from_numpy(ids).to(device), position, unused, unused, unused, unused)
         for ids in (batch.ids, batch.next_ids)
     )
     hidden_TD = model.main.hidden(first, rows[:-1])  # type: ignore[arg-type]
@@ -45,8 +51,10 @@ def add_gradients(
 ) -> None:
     """Add the gradient of the batch's summed loss to model.gradient, and the rest to `sums`."""
     main_TD, mtp_TD = states(model, batch)
-    weights = [torch.from_numpy(w) for w in (batch.next_weight, batch.after_weight)]
-    targets = [torch.from_numpy(t) for t in (batch.next_ids, batch.after_ids)]
+    weights, targets = (
+        [torch.from_numpy(array).to(model.device) for array in pair]
+        for pair in ((batch.next_weight, batch.after_weight), (batch.next_ids, batch.after_ids))
+    )
     results = [
         HeadLoss.apply(state, model.main.head, target, weight)  # type: ignore[no-untyped-call]
         for state, target, weight in zip((main_TD, mtp_TD), targets, weights, strict=True)
@@ -57,14 +65,14 @@ def add_gradients(
     loss.backward()
     for i, ((part, right), weight) in enumerate(zip(results, weights, strict=True)):
         found = torch.stack([part.detach(), weight.sum(), (right * weight).sum()])
-        sums.values[3 * i : 3 * i + 3] += found
-    sums.count_LE += torch.stack(model.ops.loads.count_E)
+        sums.values[3 * i : 3 * i + 3] += found.cpu()
+    sums.count_LE += torch.stack(model.ops.loads.count_E).cpu()
 
 
 def update_biases(model: TrainedModel, count_LE: Tensor, step: float) -> None:
     """Lower the bias of experts above the mean load, raise that of those below (spec section 3)."""
     for bias_E, count_E in zip(model.bias.values(), count_LE, strict=True):
-        bias_E += step * torch.sign(count_E.mean() - count_E).float()
+        bias_E += step * torch.sign(count_E.mean() - count_E).to(bias_E)
 
 
 def max_violation(count_LE: Tensor) -> list[float]:

@@ -134,7 +134,7 @@ class TrainOps:
             return x_THW.view(-1, length, heads, x_THW.shape[-1]).transpose(1, 2).contiguous()
 
         q, k, v = by_row(q_THW), by_row(k_THW), by_row(kv_THW[..., nope:])
-        out_BHLV = _attention(q, k, v, self.mask_B1LL, scale)
+        out_BHLV: Tensor = _attention(q, k, v, self.mask_B1LL, scale)
         return out_BHLV.transpose(1, 2).reshape(tokens, -1)
 
     def route(
@@ -164,13 +164,13 @@ class TrainOps:
         into_TD += _experts(x_TD, expert_TK, weight_TK, packed, self.loads)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     out: Tensor = RowAttention.apply(q, k, v, mask, scale)  # type: ignore[no-untyped-call]
     return out
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _experts(
     x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, packed: tuple[Tensor, Tensor], loads: Loads
 ) -> Tensor:

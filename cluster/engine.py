@@ -19,14 +19,14 @@ from time import perf_counter
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
+from rayseek.cluster.drafting import Drafter, DraftModel
 from rayseek.cluster.grammar import GrammarCompiler
-from rayseek.cluster.next_token import GrammarMasks, TokenChooser
+from rayseek.cluster.next_token import TokenChooser, masks_at
 from rayseek.cluster.pages import PagePool
 from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused, Token
 from rayseek.cluster.scheduler import Limits, Plan, SequenceView, plan_step
-from rayseek.cluster.sequence import Place, Sequence
+from rayseek.cluster.sequence import Sequence
 from rayseek.cluster.speculation import DepthPolicy, DraftMeter, choose_depth
 from rayseek.model.batch import PAGE_TOKENS, Batch
 from rayseek.model.cached_model import Passed
@@ -35,27 +35,19 @@ from rayseek.model.latent_cache import LatentCache
 log = logging.getLogger("rayseek.engine")
 
 WAITING_LOOKAHEAD = 8  # queued requests the scheduler looks at in one step
-LEARN_ROWS = 16  # of a sequence, which the draft module learns at once
 GRAMMAR_PATIENCE_S = 0.005  # an engine with nothing else to do looks at its inbox so often
 
 
-class Model(Protocol):
+class Model(DraftModel, Protocol):
     """What the engine needs of a model; `model/cached_model.py` says what each pass computes."""
 
     @property
     def drafts(self) -> bool: ...
 
     @property
-    def hidden_size(self) -> int: ...
-
-    @property
     def cache(self) -> LatentCache: ...
 
     def forward(self, batch: Batch) -> Passed: ...
-
-    def draft(self, batch: Batch, hidden_TD: Tensor) -> Passed: ...
-
-    def remember(self, batch: Batch, hidden_TD: Tensor) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +123,7 @@ class Engine:
         self.meter = DraftMeter(limits.draft_tokens if model.drafts else 0)
         self._depth_policy = depth_policy
         self._grammars = grammars
+        self._drafter = Drafter(self.chooser, grammars, self.meter)
         self._parked: dict[str, Sequence] = {}  # not in the queue until `unpark`
         self._compiling: dict[str, Sequence] = {}  # not in the queue until their grammar is there
         self._waiting: dict[str, Sequence] = {}
@@ -265,7 +258,8 @@ class Engine:
         if decodes_only and plan.rows:
             self.meter.step_took(sum(count for _, count in plan.rows), perf_counter() - began)
         try:
-            self._draft([s for s, _ in plan.rows], plan.draft_depth)
+            stepped = [s for s, _ in plan.rows]
+            self._drafter.draft(self.model, plan.draft_depth, stepped, self._running)
         except Exception:
             log.exception("no drafts in step %d", self.steps)
             for sequence, _ in plan.rows:
@@ -352,7 +346,7 @@ class Engine:
             [len(p) for p in places],
         )
         flat = [place for p in places for place in p]
-        masks = self._masks(flat)
+        masks = masks_at(flat, self._grammars)
         passed = self.model.forward(batch)  # the masks are made meanwhile
         tokens = self.chooser.choose(flat, passed.logits_RV, masks) if flat else []
 
@@ -374,10 +368,6 @@ class Engine:
             first_row += count
             first_token += len(own)
         return deltas
-
-    def _masks(self, places: Rows[Place]) -> GrammarMasks | None:
-        matchers = [place.matcher for place in places if place.matcher is not None]
-        return self._grammars.masks(matchers) if self._grammars and matchers else None
 
     def _publish(self, sequence: Sequence, start: int) -> None:
         """Share the pages that became full since `start` tokens were computed."""
@@ -424,79 +414,6 @@ class Engine:
         if finish:
             return [self._end(sequence, tuple(tokens), finish)]
         return [Delta(key, tuple(tokens), None, sequence.cached_tokens)]
-
-    def _draft(self, stepped: list[Sequence], depth: int) -> None:
-        """Draft `depth` tokens for the sequences that can use them.
-
-        The next step brings a token by itself, so the last one allowed is never drafted.
-        """
-        drafting = [
-            s for s in stepped
-            if depth and s.request.id in self._running
-            and s.computed == len(s.ids) - 1 and self._wants_more(s, 0)
-        ]  # fmt: skip
-        hidden = [s.unlearned[-1][-1:] for s in drafting]
-        self._learn(stepped, drafting)
-        hidden_TD = torch.cat(hidden) if hidden else torch.empty(0, self.model.hidden_size)
-        for number in range(depth):
-            began = perf_counter()
-            batch = Batch.of_sequences(
-                [[s.drafts[-1] if s.drafts else s.ids[-1]] for s in drafting],
-                [s.computed - 1 + number for s in drafting],
-                [s.pages for s in drafting],
-            )
-            places = [s.places(number)[-1] for s in drafting]
-            masks = self._masks(places)
-            passed = self.model.draft(batch, hidden_TD)
-            if not drafting:
-                continue
-            drawn = self.chooser.draw(places, passed.logits_RV, masks)
-            for s, token in zip(drafting, drawn, strict=True):
-                if isinstance(token, int):
-                    s.drafts.append(token)
-            self.meter.draft_took(len(drafting), perf_counter() - began)
-            on = [r for r, s in enumerate(drafting) if self._wants_more(s, number + 1)]
-            assert passed.normed_TD is not None
-            hidden_TD = passed.normed_TD[on]
-            drafting = [drafting[r] for r in on]
-
-    def _learn(self, stepped: list[Sequence], drafting: list[Sequence]) -> None:
-        """Write the draft module's latents of new rows, but for the last row of those that draft.
-
-        A row of the module is a hidden state and the token after it, known by now. While nobody
-        drafts, rows wait until there are enough to be cheap, or until a sequence has ended: its
-        pages may be somebody's prefix.
-        """
-        if not drafting and not any(
-            sum(map(len, s.unlearned)) >= LEARN_ROWS or s.request.id not in self._running
-            for s in stepped
-        ):
-            return
-        last = {s.request.id for s in drafting}
-        known = [s for s in self._running.values() if s.unlearned]
-        known += [s for s in stepped if s.request.id not in self._running and s.unlearned]
-        ids: list[list[int]] = []
-        starts: list[int] = []
-        hidden: list[Tensor] = []
-        pages: list[list[int]] = []
-        for s in known:
-            normed_TD = s.unlearned[0] if len(s.unlearned) == 1 else torch.cat(s.unlearned)
-            s.unlearned = []
-            start, rows = s.computed - len(normed_TD), len(normed_TD) - (s.request.id in last)
-            if rows:
-                ids.append(s.ids[start + 1 : start + 1 + rows])
-                starts.append(start)
-                pages.append(s.pages)
-                hidden.append(normed_TD[:rows])
-        if hidden:
-            batch = Batch.of_sequences(ids, starts, pages, [0] * len(ids))
-            self.model.remember(batch, torch.cat(hidden))
-
-    def _wants_more(self, s: Sequence, drafts: int) -> bool:
-        """Whether a sequence with that many drafts can use one more, and has a slot for it."""
-        usable = s.request.sampling.max_tokens - s.num_emitted - 1
-        room = len(s.pages) * PAGE_TOKENS - s.computed
-        return len(s.drafts) == drafts < usable and drafts <= room
 
     def _end(
         self,

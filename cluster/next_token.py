@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rayseek.cluster.grammar import GrammarCompiler
 from rayseek.cluster.request import Token
 from rayseek.cluster.sequence import Place
 from rayseek.kernels.sample import sample, top_logprobs
@@ -24,6 +25,12 @@ MASKS_KEPT = 16  # masks of banned ids; an API needs two or three
 NO_TOKEN = "no token may follow: the grammar and the banned or barred ids exclude each other"
 
 GrammarMasks = Future[NDArray[np.uint8]]  # one row per sequence that has a matcher
+
+
+def masks_at(places: Rows[Place], grammars: GrammarCompiler | None) -> GrammarMasks | None:
+    """Begin to make the masks of those places that have a grammar."""
+    matchers = [place.matcher for place in places if place.matcher is not None]
+    return grammars.masks(matchers) if grammars and matchers else None
 
 
 class TokenChooser:

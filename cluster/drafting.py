@@ -1,0 +1,125 @@
+"""Drafting: after a step, the MTP module guesses the tokens of the next one.
+
+A row of the module is a hidden state of the main model and the token after it; its out row is drawn
+from like one of the target's (`next_token.py`). Which rows there are, and when the module learns of
+those that nobody drafts from, is decided here; how many tokens ahead, in `speculation.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Rows
+from time import perf_counter
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from rayseek.cluster.grammar import GrammarCompiler
+from rayseek.cluster.next_token import TokenChooser, masks_at
+from rayseek.cluster.sequence import Sequence
+from rayseek.cluster.speculation import DraftMeter
+from rayseek.model.batch import PAGE_TOKENS, Batch
+from rayseek.model.cached_model import Passed
+
+LEARN_ROWS = 16  # of a sequence, which the draft module learns at once
+
+Running: TypeAlias = Mapping[str, Sequence]  # by request id
+
+
+class DraftModel(Protocol):
+    """The draft module as `model/cached_model.py` has it."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    def draft(self, batch: Batch, hidden_TD: Tensor) -> Passed: ...
+
+    def remember(self, batch: Batch, hidden_TD: Tensor) -> None: ...
+
+
+class Drafter:
+    """Fills `Sequence.drafts`, with the target's own way of choosing tokens."""
+
+    def __init__(
+        self, chooser: TokenChooser, grammars: GrammarCompiler | None, meter: DraftMeter
+    ) -> None:
+        self._chooser, self._grammars, self._meter = chooser, grammars, meter
+
+    def draft(
+        self, model: DraftModel, depth: int, stepped: Rows[Sequence], running: Running
+    ) -> None:
+        """`depth` passes after a step of `stepped`: drafts for the sequences that can use them.
+
+        The next step brings a token by itself, so the last one allowed is never drafted.
+        """
+        drafting = [
+            s for s in stepped
+            if depth and s.request.id in running
+            and s.computed == len(s.ids) - 1 and wants_more(s, 0)
+        ]  # fmt: skip
+        hidden = [s.unlearned[-1][-1:] for s in drafting]
+        learn(model, stepped, running, drafting)
+        hidden_TD = torch.cat(hidden) if hidden else torch.empty(0, model.hidden_size)
+        for number in range(depth):
+            began = perf_counter()
+            batch = Batch.of_sequences(
+                [[s.drafts[-1] if s.drafts else s.ids[-1]] for s in drafting],
+                [s.computed - 1 + number for s in drafting],
+                [s.pages for s in drafting],
+            )
+            places = [s.places(number)[-1] for s in drafting]
+            masks = masks_at(places, self._grammars)
+            passed = model.draft(batch, hidden_TD)
+            if not drafting:
+                continue
+            drawn = self._chooser.draw(places, passed.logits_RV, masks)
+            for s, token in zip(drafting, drawn, strict=True):
+                if isinstance(token, int):
+                    s.drafts.append(token)
+            self._meter.draft_took(len(drafting), perf_counter() - began)
+            on = [r for r, s in enumerate(drafting) if wants_more(s, number + 1)]
+            assert passed.normed_TD is not None
+            hidden_TD = passed.normed_TD[on]
+            drafting = [drafting[r] for r in on]
+
+
+def learn(
+    model: DraftModel, stepped: Rows[Sequence], running: Running, drafting: Rows[Sequence]
+) -> None:
+    """Write the draft module's latents of new rows, but for the last row of those that draft.
+
+    A row of the module is a hidden state and the token after it, known by now. While nobody
+    drafts, rows wait until there are enough to be cheap, or until a sequence has ended: its
+    pages may be somebody's prefix.
+    """
+    if not drafting and not any(
+        sum(map(len, s.unlearned)) >= LEARN_ROWS or s.request.id not in running for s in stepped
+    ):
+        return
+    last = {s.request.id for s in drafting}
+    known = [s for s in running.values() if s.unlearned]
+    known += [s for s in stepped if s.request.id not in running and s.unlearned]
+    ids: list[list[int]] = []
+    starts: list[int] = []
+    hidden: list[Tensor] = []
+    pages: list[list[int]] = []
+    for s in known:
+        normed_TD = s.unlearned[0] if len(s.unlearned) == 1 else torch.cat(s.unlearned)
+        s.unlearned = []
+        start, rows = s.computed - len(normed_TD), len(normed_TD) - (s.request.id in last)
+        if rows:
+            ids.append(s.ids[start + 1 : start + 1 + rows])
+            starts.append(start)
+            pages.append(s.pages)
+            hidden.append(normed_TD[:rows])
+    if hidden:
+        batch = Batch.of_sequences(ids, starts, pages, [0] * len(ids))
+        model.remember(batch, torch.cat(hidden))
+
+
+def wants_more(s: Sequence, drafts: int) -> bool:
+    """Whether a sequence with that many drafts can use one more, and has a slot for it."""
+    usable = s.request.sampling.max_tokens - s.num_emitted - 1
+    room = len(s.pages) * PAGE_TOKENS - s.computed
+    return len(s.drafts) == drafts < usable and drafts <= room

@@ -8,13 +8,20 @@ abort and nothing to repair: whoever cannot go on closes its end, and a new epoc
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore, Work
+from torch.distributed import DistStoreError
+
+CONNECT_S = 2.0
+"""Gloo waits five times as long for a member that dies while all connect, and cannot be told
+otherwise; so members first wait for each other at the store, then connect within this."""
+LOOK_UP = timedelta(seconds=0.25)
 
 
 class ExchangeBroken(RuntimeError):
@@ -76,21 +83,35 @@ class Group:
         size: int,
         timeout_s: float,
         device: torch.device | str = "cpu",
+        given_up: Callable[[], bool] = lambda: False,
     ) -> Self:
-        """The same through a connection that exists, and that nobody else uses meanwhile."""
-        group = cls.__new__(cls)
-        group._form(store, prefix, rank, size, timedelta(seconds=timeout_s), torch.device(device))
+        """The same through a connection that exists, and that nobody else uses meanwhile.
+
+        given_up: asked while members are missing; true ends the waiting, for they will not come.
+        """
+        group, limit = cls.__new__(cls), timedelta(seconds=timeout_s)
+        group._form(store, prefix, rank, size, limit, torch.device(device), given_up)
         return group
 
     def _form(
-        self, store: Store, prefix: str, rank: int, size: int, limit: timedelta, on: torch.device
+        self,
+        store: Store,
+        prefix: str,
+        rank: int,
+        size: int,
+        limit: timedelta,
+        on: torch.device,
+        given_up: Callable[[], bool] = lambda: False,
     ) -> None:
         self.rank, self.size, self.device = rank, size, on
         self._group: Any = None
         try:
             keys = PrefixStore(prefix, store)
+            keys.set(f"here/{rank}", "")
+            _wait_for([f"here/{member}" for member in range(size)], keys, limit, given_up)
             if on.type == "cpu":
-                self._group = ProcessGroupGloo(keys, rank, size, limit)
+                self._group = ProcessGroupGloo(keys, rank, size, timedelta(seconds=CONNECT_S))
+                self._group._set_default_timeout(limit)
             else:
                 from torch._C._distributed_c10d import ProcessGroupNCCL  # not in CPU builds
 
@@ -143,6 +164,19 @@ def open_store(host: str) -> TCPStore:
     return TCPStore(
         host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
     )
+
+
+def _wait_for(
+    names: list[str], keys: Store, limit: timedelta, given_up: Callable[[], bool]
+) -> None:
+    """Until all these keys are set. DistStoreError when they are not in time, or it is given up."""
+    deadline = time.monotonic() + limit.total_seconds()
+    while True:
+        try:
+            return keys.wait(names, LOOK_UP)
+        except DistStoreError:
+            if given_up() or time.monotonic() > deadline:
+                raise
 
 
 def _first_line(error: Exception) -> str:

@@ -105,7 +105,7 @@ class Stores:
         self.port = self.server.port
         self._clients: dict[int, TCPStore] = {}
 
-    def group(self, prefix: str, me: int, size: int, timeout_s: float = 60) -> Group:
+    def group(self, prefix: str, me: int, size: int, timeout_s: float = 120) -> Group:
         if me not in self._clients:
             self._clients[me] = TCPStore("127.0.0.1", self.port, None, False)
         return Group.through(self._clients[me], prefix, me, size, timeout_s)
@@ -358,7 +358,7 @@ def test_a_group_that_cannot_form_says_so(store: Stores) -> None:
 VICTIM = """
 import os, signal, sys, time, torch
 from rayseek.cluster.group import Group
-group = Group("127.0.0.1", int(sys.argv[1]), "killed", 2, 3, 60)
+group = Group("127.0.0.1", int(sys.argv[1]), "killed", 2, 3, 120)
 for number in range(50):
     group.all_gather([number])
 print(time.time(), flush=True)
@@ -380,7 +380,7 @@ def test_a_killed_process_is_noticed_by_all_at_once(store: Stores) -> None:
     with ThreadPoolExecutor(2) as threads:
         noticed = [threads.submit(survive, me) for me in range(2)]
         command = [sys.executable, "-c", VICTIM, str(store.port)]
-        victim = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        victim = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         assert victim.returncode == -signal.SIGKILL, victim.stderr
         died = float(victim.stdout)
         assert all(0 <= each.result() - died < 10 for each in noticed)

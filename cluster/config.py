@@ -10,14 +10,12 @@ from typing import Literal, Self, TypeAlias
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from rayseek.cluster.cell import KubernetesSettings, Section
 
 Role: TypeAlias = Literal["prefill", "decode"]
 _SHIPPED = Path(__file__).parent / "configs"
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ModelSettings(Section):
@@ -198,6 +196,7 @@ class Config(Section):
     api: ApiSettings = ApiSettings()
     pages: PageSettings = PageSettings()
     ingress: IngressSettings = IngressSettings()
+    kubernetes: KubernetesSettings = KubernetesSettings()
 
     @property
     def units(self) -> dict[Role, UnitSettings]:

@@ -60,7 +60,9 @@ def serve_config(config: Config) -> dict[str, Any]:
             "name": APP_NAME,
             "route_prefix": "/",
             "import_path": f"{__name__}:{application.__name__}",
-            "args": config.model_dump(mode="json", exclude_defaults=True),
+            "args": config.model_dump(
+                mode="json", exclude_defaults=True, exclude={"kubernetes"}
+            ),
         }
     ]
     ServeDeploySchema.model_validate(file)

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rayseek.cluster.rank import ExpertRank, Started
 from rayseek.cluster.spec import RankSpec
 from rayseek.cluster.status import statuses
-from rayseek.cluster.unit import RANK_ENV
+from rayseek.cluster.unit import rank_options
 
 log = logging.getLogger("rayseek.experts")
 
@@ -72,7 +72,7 @@ class Experts:
 
     def _spawn(self, name: str) -> Any:
         group = ray.util.get_current_placement_group()
-        options: dict[str, Any] = {"num_cpus": 0, "runtime_env": {"env_vars": RANK_ENV}}
+        options = rank_options(self._spec)
         if group is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 group, placement_group_bundle_index=BUNDLE

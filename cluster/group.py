@@ -84,13 +84,15 @@ class Group:
         timeout_s: float,
         device: torch.device | str = "cpu",
         given_up: Callable[[], bool] = lambda: False,
+        address: str | None = None,
     ) -> Self:
         """The same through a connection that exists, and that nobody else uses meanwhile.
 
         given_up: asked while members are missing; true ends the waiting, for they will not come.
+        address: of this member, for gloo to listen on; None: whatever its host's name means.
         """
         group, limit = cls.__new__(cls), timedelta(seconds=timeout_s)
-        group._form(store, prefix, rank, size, limit, torch.device(device), given_up)
+        group._form(store, prefix, rank, size, limit, torch.device(device), given_up, address)
         return group
 
     def _form(
@@ -102,6 +104,7 @@ class Group:
         limit: timedelta,
         on: torch.device,
         given_up: Callable[[], bool] = lambda: False,
+        address: str | None = None,
     ) -> None:
         self.rank, self.size, self.device = rank, size, on
         self._group: Any = None
@@ -110,7 +113,14 @@ class Group:
             keys.set(f"here/{rank}", "")
             _wait_for([f"here/{member}" for member in range(size)], keys, limit, given_up)
             if on.type == "cpu":
-                self._group = ProcessGroupGloo(keys, rank, size, timedelta(seconds=CONNECT_S))
+                gloo: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+                gloo._timeout = timedelta(seconds=CONNECT_S)
+                gloo._devices = [
+                    ProcessGroupGloo.create_device(hostname=address)
+                    if address
+                    else ProcessGroupGloo.create_default_device()
+                ]
+                self._group = ProcessGroupGloo(keys, rank, size, gloo)
                 self._group._set_default_timeout(limit)
             else:
                 from torch._C._distributed_c10d import ProcessGroupNCCL  # not in CPU builds

@@ -105,6 +105,7 @@ def layout(
             dedicated=dedicated,
             host=rank_host,
             transfer=config.transfer,
+            gpus=_gpus(config.hardware),
         )
         places = tuple(
             Place("attention", role, number, index, node, device, 0 if dedicated else slots)
@@ -130,6 +131,7 @@ def layout(
                 rank=RankSpec(
                     unit="experts", model_path=model_path, settings=config.engine,
                     exchange=config.exchange, alone=False, dedicated=True, host=rank_host,
+                    gpus=_gpus(hardware),
                 ),
                 places=tuple(experts),
             )

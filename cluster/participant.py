@@ -25,7 +25,7 @@ from torch.distributed import DistStoreError
 from rayseek.cluster.agreement import Agreement, Closed, Kind, Vote, agree
 from rayseek.cluster.exchange import Exchange, Mode, RemoteExperts
 from rayseek.cluster.group import ExchangeBroken, Group, open_store
-from rayseek.cluster.plan import ExpertRows, Pulse, UnitPlan
+from rayseek.cluster.plan import Exchanged, ExpertRows, Pulse, UnitPlan
 from rayseek.kernels.ops import SplitOps
 from rayseek.model.config import ModelConfig
 
@@ -69,7 +69,7 @@ class Participant:
         timeout_s: float,
         on_broken: OnBroken,
     ) -> None:
-        self.name, self.config, self.ops = name, config, ops
+        self.name, self.host, self.config, self.ops = name, host, config, ops
         self.settings, self.timeout_s = settings, timeout_s
         self._store = open_store(host)
         self._on_broken = on_broken
@@ -84,7 +84,9 @@ class Participant:
         self._closed = False
         self._useless_epoch = -1  # plans up to here have been given up
         self._formed: _Formed | None = None
+        self._connected: tuple[str, TCPStore, TCPStore] | None = None
         self._passes = 0
+        self._exchanged = Exchanged(0, {})  # in the epochs before
         self._where, self._since = "start", time.monotonic()
 
     @property
@@ -138,6 +140,7 @@ class Participant:
             waits=waits,
             idle=formed is None or formed.asleep,
             since_s=time.monotonic() - since,
+            exchanged=self._total(formed),
         )
 
     def take_expert_rows(self) -> ExpertRows | None:
@@ -192,9 +195,39 @@ class Participant:
         """Leave the group, which ends it for everybody."""
         formed, self._formed = self._formed, None
         if formed is not None:
+            self._exchanged = self._total(formed)
             formed.close()
 
+    def connections(self, store: str) -> tuple[TCPStore, TCPStore]:
+        """Two to the store at this host:port; kept, for connecting can take long."""
+        if self._connected is None or self._connected[0] != store:
+            host, port = _address(store)
+            limit = timedelta(seconds=self.timeout_s)
+            try:
+                self._connected = (
+                    store,
+                    TCPStore(host, port, is_master=False, timeout=limit),
+                    TCPStore(host, port, is_master=False, timeout=limit),
+                )
+            except RuntimeError as error:
+                raise ExchangeBroken(f"no connection to the store at {store}") from error
+        return self._connected[1:]
+
+    def has_news(self) -> bool:
+        """A newer plan than the one that is being formed, or the order to close."""
+        return self._closed or self._plan() is not None
+
     # ---- inside ----
+
+    def _total(self, formed: _Formed | None) -> Exchanged:
+        """Of the epochs before, and the one of `formed`."""
+        if formed is None:
+            return self._exchanged
+        seconds = dict(self._exchanged.seconds)
+        for stage, spent in dict(formed.exchange.seconds).items():
+            if stage:  # not the model between two exchanges
+                seconds[stage] = seconds.get(stage, 0.0) + spent
+        return Exchanged(self._exchanged.bytes + formed.exchange.bytes_sent, seconds)
 
     def _at(self, where: str) -> None:
         self._where, self._since = where, time.monotonic()
@@ -256,7 +289,11 @@ class Participant:
             self._useless_epoch = plan.epoch  # whatever becomes of it, it is not formed twice
             if rank is not None:  # else we are a spare, or one that is to leave
                 self._at(f"forming the group of epoch {plan.epoch}")
-                self._formed = _Formed(self, plan, rank, slots)
+                try:
+                    self._formed = _Formed(self, plan, rank, slots)
+                except ExchangeBroken:
+                    self._connected = None  # they may be what does not work
+                    raise
         if self._closed:
             raise Closed
         return self._formed
@@ -298,21 +335,18 @@ class _Formed:
     ) -> None:
         self.plan = plan
         self._keys = f"{plan.members[0].name}/e{plan.epoch}"
-        host, port = _address(plan.members[0].store)
-        limit = timedelta(seconds=me.timeout_s)
+        # Two connections: one sleeps on the bell while the other rings it.
+        self._sleeper, self._ringer = me.connections(plan.members[0].store)
         nodes = sorted({m.node for m in plan.members})
-        self.group = Group(host, port, self._keys, rank, len(plan.members), me.timeout_s)
+        self.group = Group.through(
+            self._sleeper, self._keys, rank, len(plan.members), me.timeout_s,
+            given_up=me.has_news, address=me.host,
+        )  # fmt: skip
         self.exchange = Exchange(
             self.group, plan.placement, plan.holders, [nodes.index(m.node) for m in plan.members],
             slots, me.ops, me.config.hidden_size, me.config.num_experts_per_tok,
             hierarchical=len(nodes) > 1,
         )  # fmt: skip
-        try:
-            # Two connections: one sleeps on the bell while the other rings it.
-            self._sleeper = TCPStore(host, port, is_master=False, timeout=limit)
-            self._ringer = TCPStore(host, port, is_master=False, timeout=limit)
-        except RuntimeError as error:
-            raise ExchangeBroken(f"the store of {plan.members[0].name} is gone") from error
         self._ringing = threading.Lock()
         self._rung = -1
         self.asleep = False

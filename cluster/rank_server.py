@@ -145,12 +145,13 @@ class EngineLoop:
     def pulse(self) -> Pulse:
         began = self._step_began
         if self._participant is not None:
-            return replace(self._participant.pulse, load=self._load)
+            return replace(self._participant.pulse, load=self._load, work=self._engine.work)
         since = time.monotonic() - began if began is not None else 0.0
         steps, idle = self._engine.steps, began is None
         return Pulse(
-            0, steps, f"step {steps}", waits=False, idle=idle, since_s=since, load=self._load
-        )
+            0, steps, f"step {steps}", waits=False, idle=idle, since_s=since, load=self._load,
+            work=self._engine.work,
+        )  # fmt: skip
 
     @property
     def load(self) -> Load:
@@ -224,7 +225,8 @@ class RankServer:
         self._streams: dict[Stream, queue.SimpleQueue[Outbox | None]] = {}
         self._stream_numbers = itertools.count()  # `next` is atomic: streams open in threads
         self.engine_loop = EngineLoop(engine, self._deliver, participant, transfer)
-        self._server = grpc.server(ThreadPoolExecutor(MAX_STREAMS, "token-channel"))
+        self._pool = ThreadPoolExecutor(MAX_STREAMS, "token-channel")
+        self._server = grpc.server(self._pool)
         self._server.add_generic_rpc_handlers(
             (
                 grpc.method_handlers_generic_handler(
@@ -255,6 +257,7 @@ class RankServer:
     def stop(self) -> None:
         """End every stream and the engine's thread."""
         self._server.stop(grace=None).wait()
+        self._pool.shutdown(wait=False)
         self.engine_loop.stop()
 
     def _deliver(self, outboxes: dict[Stream, Outbox], to_all: bool) -> None:

@@ -18,7 +18,7 @@ class RankSpec:
     alone: the unit is this rank only; it computes its experts itself and agrees with nobody.
     dedicated: the experts are on expert ranks, attention ranks hold none.
     host: where ranks listen; None: on their node's address in the cluster. node: which node of
-    the cluster it runs on, for traffic between nodes; None: as Ray knows it.
+    the cluster it runs on, for traffic between nodes; None: as Ray knows it. gpus: of its own.
     """
 
     unit: str
@@ -29,6 +29,7 @@ class RankSpec:
     dedicated: bool
     host: str | None = None
     node: str | None = None
+    gpus: int = 0
     transfer: TransferSettings = TransferSettings()
 
 

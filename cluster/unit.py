@@ -25,7 +25,7 @@ from rayseek.cluster.dispatch import RankAddress
 from rayseek.cluster.expert_load import ExpertLoad, pays
 from rayseek.cluster.plan import Member, Pulse, UnitPlan, culprits, next_plan, problems
 from rayseek.cluster.rank import Rank, Started
-from rayseek.cluster.spec import UnitSpec
+from rayseek.cluster.spec import RankSpec, UnitSpec
 from rayseek.cluster.status import UnitStatus
 
 log = logging.getLogger("rayseek.unit")
@@ -59,6 +59,11 @@ class Company:
     @property
     def present(self) -> list[Member]:
         return [hand.member for hand in self.hands.values() if not hand.leaving]
+
+
+def rank_options(spec: RankSpec) -> dict[str, Any]:
+    """Of the actor of any rank. Its CPU is what its placement group keeps free, not a resource."""
+    return {"num_cpus": 0, "num_gpus": spec.gpus, "runtime_env": {"env_vars": RANK_ENV}}
 
 
 class Unit:
@@ -165,7 +170,7 @@ class Unit:
 
     def _spawn(self, index: int, name: str) -> Any:
         group = ray.util.get_current_placement_group()
-        options: dict[str, Any] = {"num_cpus": 0, "runtime_env": {"env_vars": RANK_ENV}}
+        options: dict[str, Any] = rank_options(self._spec.rank)
         if group is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 group, placement_group_bundle_index=self._spec.bundles[index]

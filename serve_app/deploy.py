@@ -30,14 +30,14 @@ def build(
     """
     model = ModelConfig.from_pretrained(model_path)
     whole = layout(config, model, str(model_path), rank_host)
-    units: dict[str, Application] = {}
-    experts: list[Application] = []
-    for deployment in whole.deployments:
-        if deployment.unit is not None:
-            units[deployment.name] = _inner(Unit, deployment).bind(deployment.unit)
-        elif deployment.rank is not None:
-            wanted_by = units[{"Experts": "Decode", "PrefillExperts": "Prefill"}[deployment.name]]
-            experts.append(_inner(Experts, deployment).bind(deployment.rank, wanted_by))
+    units = {
+        d.name: _inner(Unit, d).bind(d.unit) for d in whole.deployments if d.unit is not None
+    }
+    experts = [
+        _inner(Experts, d).bind(d.rank, *(units[name] for name in d.handles))
+        for d in whole.deployments
+        if d.unit is None and d.rank is not None
+    ]
     ingress = whole["Ingress"]
     return serve.deployment(
         serve.ingress()(Ingress),

@@ -12,6 +12,7 @@ import gc
 import os
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -101,6 +102,14 @@ class Company(Unit):
         alive = [a for a in self.actors.values() if a.seat.role == role and not a.dead.is_set()]
         await random.choice(alive).die()
 
+    async def adopted(self, experts: int) -> bool:
+        """Wait until a plan with so many expert ranks is followed by all."""
+        async with asyncio.timeout(20):
+            while self._plan is None or len(self._plan.holders) != experts:
+                await asyncio.sleep(0.02)
+            await self._adopted(self._plan)
+        return True
+
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
@@ -110,6 +119,8 @@ class Company(Unit):
         for hand in self._company.hands.values():
             if hand.watch is not None:
                 hand.watch.cancel()
+        self.actors.clear()
+        self._company.hands.clear()
 
 
 @contextlib.asynccontextmanager
@@ -208,3 +219,82 @@ async def test_the_tokens_do_not_depend_on_the_layout(
     async with unit(tiny_path, **layout) as company:
         found = await answers(company, requests(16))
     assert found == {request.id: undisturbed[request.id] for request in requests(16)}
+
+
+async def test_expert_ranks_come_and_go_under_load(tiny_path: Path, undisturbed: Answers) -> None:
+    """2 -> 5 -> 3: nothing fails, nothing differs, and all of them take part in between."""
+    async with unit(tiny_path, experts=2, spares=3) as company:
+        asked = asyncio.ensure_future(answers(company, requests(40)))
+        company._wanted = replace(company._wanted, experts=5)
+        await company.adopted(experts=5)
+        for name in list((await company.status()).expert_ranks)[:2]:
+            await company.detach(name)
+        assert await company.adopted(experts=3)
+        assert await asked == undisturbed
+
+
+async def test_a_rebalance_in_mid_stream_changes_no_token(
+    tiny_path: Path, undisturbed: Answers
+) -> None:
+    async with unit(tiny_path, experts=2, redundant=2) as company:
+        before = company._plan
+        assert before is not None
+        asked = asyncio.ensure_future(answers(company, requests(40)))
+        await asyncio.sleep(0.3)
+        for layer in before.placement.slots:
+            company._load._rows[layer][:] = range(8)
+        await company.rebalance()
+        assert await asked == undisturbed
+        after = company._plan
+        assert after is not None and after.placement.version > before.placement.version
+        assert after.placement.slots != before.placement.slots
+
+
+@pytest.mark.parametrize("layout", [{"experts": 2}, {"experts": 3, "redundant": 16}], ids=str)
+async def test_deaths_of_expert_ranks_cost_a_pause_and_nothing_else(
+    tiny_path: Path, undisturbed: Answers, layout: dict[str, Any]
+) -> None:
+    random = Random(1)
+    async with unit(tiny_path, **layout) as company:
+        asked = asyncio.ensure_future(answers(company, requests(40)))
+        for _ in range(3):
+            await asyncio.sleep(0.2)
+            await company.kill("expert", random)
+            await company.hire()
+        assert await asked == undisturbed
+        assert (await company.status()).deaths == 3
+
+
+async def test_a_dead_attention_rank_is_replaced_and_its_requests_move(
+    tiny_path: Path, undisturbed: Answers
+) -> None:
+    async with unit(tiny_path, attention=2, experts=1) as company:
+        asked = asyncio.ensure_future(answers(company, requests(40)))
+        await asyncio.sleep(0.2)
+        await company.kill("attention", Random(2))
+        assert await asked == undisturbed
+
+
+async def test_nothing_is_left_behind(tiny_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Threads and open files are as many as before, after joins, deaths and plans."""
+
+    def open_files() -> int:
+        caplog.clear()  # its records hold errors, those their tracebacks, those what they ran in
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    async def one_life(seed: int) -> None:
+        async with unit(tiny_path, experts=2) as company:
+            asked = asyncio.ensure_future(answers(company, requests(6)))
+            await company.kill("expert", Random(seed))
+            await company.hire()
+            await asked
+
+    await one_life(0)
+    before = open_files()
+    for seed in range(3):
+        await one_life(seed)
+    async with asyncio.timeout(20):  # gRPC frees a server some time after it has stopped
+        while open_files() > before + 8:
+            await asyncio.sleep(0.1)
+    assert not {"engine", "experts"} & {thread.name for thread in threading.enumerate()}

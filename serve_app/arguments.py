@@ -93,7 +93,7 @@ def _add_config(config: argparse.ArgumentParser) -> None:
     source.add_argument("--model", type=Path, help="checkpoint folder, instead of model.path")
     actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
     check = actions.add_parser("check", parents=[source], help="memory, contradictions, all ranks")
-    check.add_argument("--spec", choices=["671b"], help="plan for this model, without its files")
+    check.add_argument("--spec", choices=["671b", "small"], help="plan for this model, without its files")
     render = actions.add_parser("render", parents=[source], help="the file for `serve deploy`")
     render.add_argument("--key-file", type=Path, help="instead of api.key_file")
 
@@ -130,6 +130,26 @@ def _add_train(command: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FOLDER",
         help="write the run's checkpoints FOLDER-bf16 and FOLDER-fp8, then stop",
+    )
+    command.add_argument(
+        "--evaluate",
+        type=Path,
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="perplexity, balance and drafts of exported checkpoints on the held-out documents",
+    )
+    command.add_argument(
+        "--documents", type=int, default=1000, help="most that --evaluate reads (default 1000)"
+    )
+    command.add_argument(
+        "--plot",
+        type=Path,
+        nargs="*",
+        metavar="RUN",
+        help="draw plots.svg of the run; with other run folders, balance.svg of all of them",
+    )
+    command.add_argument(
+        "--ray-workers", type=int, metavar="N", help="train with N workers of a Ray cluster"
     )
 
 

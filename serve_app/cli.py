@@ -178,13 +178,24 @@ def make_corpus(arguments: argparse.Namespace) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from rayseek.model.training.command import export_run, load, run
+    from rayseek.model.training import command
 
-    config = load(arguments.config, arguments.steps, arguments.workers)
-    if arguments.export is None:
-        run(config, arguments.out)
+    workers = arguments.ray_workers or arguments.workers
+    config = command.load(arguments.config, arguments.steps, workers)
+    if arguments.export is not None:
+        command.export_run(config, arguments.out, arguments.export)
+    elif arguments.evaluate is not None:
+        from rayseek.cluster.final_evaluation import evaluate_run
+
+        evaluate_run(config, arguments.out, arguments.evaluate, arguments.documents)
+    elif arguments.plot is not None:
+        print(f"wrote {command.plot(arguments.out, arguments.plot)}")
+    elif arguments.ray_workers is not None:
+        from rayseek.cluster.training import train_on_ray
+
+        train_on_ray(config, arguments.out)
     else:
-        export_run(config, arguments.out, arguments.export)
+        command.run(config, arguments.out)
 
 
 def bench(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`rayseek train`: start the workers of a run on this machine, and write its checkpoints."""
+"""`rayseek train`: start the workers of a run on this machine, draw it, write its checkpoints."""
 
 from __future__ import annotations
 
@@ -50,6 +50,18 @@ def run(config: RunConfig, folder: Path) -> None:
 
 def _worker(rank: int, config: RunConfig, folder: Path, meeting: str) -> None:
     train(config, folder, join(rank, config.workers, meeting))
+
+
+def plot(folder: Path, others: list[Path]) -> Path:
+    """Draw a run, or the balance of several; the picture's path. Raises as `plots` does."""
+    from rayseek.model.training.plots import plot_balance, plot_run
+
+    path = folder / ("balance.svg" if others else "plots.svg")
+    if others:
+        plot_balance([folder, *others], path)
+    else:
+        plot_run(folder, path)
+    return path
 
 
 def export_run(config: RunConfig, folder: Path, target: Path) -> None:

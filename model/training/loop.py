@@ -24,6 +24,7 @@ from rayseek.model.training.evaluate import evaluate_batches
 from rayseek.model.training.exchange import Exchange
 from rayseek.model.training.optimiser import Optimiser
 from rayseek.model.training.parameters import TrainedModel, initial_tensors
+from rayseek.model.training.plots import plot_run
 from rayseek.model.training.report import Report
 from rayseek.model.training.run_config import RunConfig, Schedule
 from rayseek.model.training.run_state import load_state, save_state
@@ -128,6 +129,11 @@ def train(config: RunConfig, folder: Path, exchange: Exchange, show: bool = True
             (folder / "run.yaml").write_text(text, "utf-8")
         with report or nullcontext():
             _steps(run, report, stopping)
+        if first and show:
+            try:
+                plot_run(folder, folder / "plots.svg")
+            except ValueError as why:
+                print(why)
 
 
 def _steps(run: Run, report: Report | None, stopping: list[int]) -> None:

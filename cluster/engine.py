@@ -28,6 +28,7 @@ from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused
 from rayseek.cluster.scheduler import Limits, Plan, SequenceView, plan_step
 from rayseek.cluster.sequence import Sequence
 from rayseek.cluster.speculation import DepthPolicy, DraftMeter, choose_depth
+from rayseek.cluster.step_clock import IDLE, StepClock, Work
 from rayseek.model.batch import PAGE_TOKENS, Batch
 from rayseek.model.cached_model import Passed
 from rayseek.model.latent_cache import LatentCache
@@ -131,6 +132,7 @@ class Engine:
         self._arrivals = 0
         self.steps = 0
         self.preemptions = 0
+        self._clock = StepClock()
 
     # ---- requests in ----
 
@@ -215,6 +217,14 @@ class Engine:
             accepted=tuple(self.meter.accepted),
         )
 
+    @property
+    def work(self) -> Work:
+        """What was done so far; any thread may ask."""
+        clock = self._clock
+        return Work(
+            self.steps, self.preemptions, clock.prompt_rows, clock.decode_rows, clock.seconds
+        )
+
     # ---- one step ----
 
     def step(self) -> list[Delta]:
@@ -222,11 +232,15 @@ class Engine:
 
         A request has more than one delta only when the last is an error.
         """
-        plan = self.plan()
-        return self.run(plan) if plan.rows else list(plan.deltas)
+        try:
+            plan = self.plan()
+            return self.run(plan) if plan.rows else list(plan.deltas)
+        finally:
+            self._clock.enter(IDLE)
 
     def plan(self) -> StepPlan:
         """Decide on a step and take its pages. Nothing may be planned again before it has run."""
+        self._clock.enter("plan")
         deltas = self._take_compiled() if self._compiling else []
         plan = self._plan()
         self._carry_out(plan)
@@ -240,7 +254,10 @@ class Engine:
         """Run a plan's passes, with empty batches where this engine has nothing to compute."""
         self.steps += 1
         deltas = list(plan.deltas)
-        decodes_only = all(len(s.ids) - s.computed == 1 for s, _ in plan.rows)
+        decode_rows = sum(count for s, count in plan.rows if len(s.ids) - s.computed == 1)
+        all_rows = sum(count for _, count in plan.rows)
+        self._clock.decode_rows += decode_rows
+        self._clock.prompt_rows += all_rows - decode_rows
         began = perf_counter()
         try:
             deltas += self._forward(plan.rows)
@@ -255,8 +272,9 @@ class Engine:
                     deltas.append(self._end(row[0], (), FinishReason.ERROR, repr(error)))
         if not self.meter.most:
             return deltas
-        if decodes_only and plan.rows:
-            self.meter.step_took(sum(count for _, count in plan.rows), perf_counter() - began)
+        if decode_rows == all_rows > 0:
+            self.meter.step_took(all_rows, perf_counter() - began)
+        self._clock.enter("draft")
         try:
             stepped = [s for s, _ in plan.rows]
             self._drafter.draft(self.model, plan.draft_depth, stepped, self._running)
@@ -347,7 +365,9 @@ class Engine:
         )
         flat = [place for p in places for place in p]
         masks = masks_at(flat, self._grammars)
+        self._clock.enter("model")
         passed = self.model.forward(batch)  # the masks are made meanwhile
+        self._clock.enter("sample")
         tokens = self.chooser.choose(flat, passed.logits_RV, masks) if flat else []
 
         # Everything that can fail is behind us: commit.

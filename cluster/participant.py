@@ -305,7 +305,7 @@ class Participant:
 
     def _drop(self, broken: ExchangeBroken) -> None:
         """Leave the group, which ends it for everybody, and tell the leader."""
-        log.warning("%s: epoch %d ends: %s", self.name, self._useless_epoch, broken)
+        log.warning("%s: epoch %d ends: %s", self.name, self._useless_epoch, str(broken))
         self._on_broken(Broken(self._useless_epoch, str(broken)))
         self.leave()
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayseek.cluster.placement import ExpertPlacement, Loads, make_placement, settle, without
+from rayseek.cluster.step_clock import Work
 from rayseek.cluster.transfer_counters import Transfers
 
 if TYPE_CHECKING:  # torch stays out of the leader's process
@@ -180,6 +181,16 @@ class Pulse:
     load: Load | None = None  # of an attention rank's engine
     expert_rows: ExpertRows | None = None  # of a holder, since it was asked last
     transfers: Transfers | None = None  # of an attention rank
+    work: Work | None = None  # of an attention rank's engine
+    exchanged: Exchanged | None = None  # of one that is not alone
+
+
+@dataclass(frozen=True, slots=True)
+class Exchanged:
+    """What a member spent on the exchange since its start: bytes sent, seconds by stage."""
+
+    bytes: int
+    seconds: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)

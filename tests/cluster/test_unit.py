@@ -21,7 +21,7 @@ import pytest
 import ray.exceptions
 
 from rayseek.cluster.build import build_engine
-from rayseek.cluster.config import EngineSettings, ExchangeSettings
+from rayseek.cluster.config import EngineSettings, ExchangeSettings, TransferSettings
 from rayseek.cluster.dispatch import Dispatcher
 from rayseek.cluster.engine import run_to_end
 from rayseek.cluster.plan import Wanted
@@ -136,6 +136,7 @@ async def unit(
     rank = RankSpec(
         "unit", str(path), SETTINGS, ExchangeSettings(**exchange),
         alone=attention == 1 and not experts, dedicated=experts > 0, host="127.0.0.1", node="n0",
+        transfer=TransferSettings(min_prompt_tokens=64),
     )  # fmt: skip
     company = Company(UnitSpec("decode", wanted, rank, (0,) * attention, spares))
     try:
@@ -170,9 +171,13 @@ def requests(count: int, seed: int = 0) -> list[Request]:
     return made
 
 
-async def answers(company: Company, asked: list[Request]) -> Answers:
+async def answers(
+    company: Company, asked: list[Request], prefill: Company | None = None
+) -> Answers:
     async def discover() -> Any:
-        return list((await company.status()).ranks)
+        ranks = list((await company.status()).ranks)
+        sources = (await prefill.status()).ranks if prefill else ()
+        return ranks + [replace(r, name=f"prefill-{r.name}", prefills=True) for r in sources]
 
     dispatcher = Dispatcher(discover, patience_s=30, refresh_s=0.05)
     found: Answers = {}
@@ -200,6 +205,17 @@ def undisturbed(tiny_path: Path) -> Answers:
         engine.submit(request)
     run_to_end(engine, lambda d: found[d.request_id].extend(map(chosen, d.tokens)))
     return found
+
+
+async def test_pages_from_a_prefill_unit_give_the_same_tokens(
+    tiny_path: Path, undisturbed: Answers
+) -> None:
+    """As in `laptop-split`: a prefill rank with experts, a decode rank with two expert ranks."""
+    async with unit(tiny_path) as prefill, unit(tiny_path, experts=2) as decode:
+        assert await answers(decode, requests(40), prefill) == undisturbed
+        (rank,) = (a.seat for a in decode.actors.values() if isinstance(a.seat, Rank))
+        transfers = (await rank.pulse()).transfers
+        assert transfers is not None and transfers.fetched and not transfers.fallbacks
 
 
 LAYOUTS: list[dict[str, Any]] = [
@@ -279,7 +295,6 @@ async def test_nothing_is_left_behind(tiny_path: Path, caplog: pytest.LogCapture
     """Threads and open files are as many as before, after joins, deaths and plans."""
 
     def open_files() -> int:
-        caplog.clear()  # its records hold errors, those their tracebacks, those what they ran in
         gc.collect()
         return len(os.listdir("/proc/self/fd"))
 

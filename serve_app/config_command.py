@@ -50,12 +50,12 @@ def render(arguments: argparse.Namespace) -> str:
 
 def _model(config: Config, arguments: argparse.Namespace) -> tuple[str, ModelConfig]:
     """The model that is planned for, and what to call it."""
-    if arguments.spec is not None:
+    if arguments.spec == "671b":
         from rayseek.model.official import DEEPSEEK_V3
 
         return "DeepSeek-V3 671B", DEEPSEEK_V3
     path = arguments.model or config.model.path
-    if path is None:
+    if path is None or arguments.spec == "small":
         from rayseek.model.maker import SMALL
 
         return "the small random model", SMALL

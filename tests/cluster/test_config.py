@@ -31,7 +31,9 @@ def test_the_spec_is_the_official_config() -> None:
 
 
 def test_shipped_configs() -> None:
-    assert shipped_configs() == ["h200-8", "h800-16", "h800-cell", "laptop", "laptop-split"]
+    assert shipped_configs() == [
+        "cpu-smoke", "h200-8", "h800-16", "h800-cell-18", "laptop", "laptop-split"
+    ]  # fmt: skip
     assert load_config("laptop") == Config()
 
 
@@ -228,12 +230,12 @@ def _check_slots(config: Config, role: Role, plan: Any) -> None:
 
 
 def test_deepseeks_cell() -> None:
-    plan = layout(load_config("h800-cell"), OFFICIAL)
-    assert plan.nodes == 22 and len(plan.places) == 176
+    plan = layout(load_config("h800-cell-18"), OFFICIAL)
+    assert plan.nodes == 30 and len(plan.places) == 240
     prefill, decode = plan["Prefill"], plan["Decode"]
     assert {p.slots for p in prefill.places} == {9} and {p.slots for p in decode.places} == {2}
     assert sum(p.slots for p in decode.places) == 288
-    assert [p.node for p in decode.places] == [4 + rank // 8 for rank in range(144)]
+    assert [p.node for p in decode.places] == [12 + rank // 8 for rank in range(144)]
     assert decode.bundles == ({"GPU": 8, "CPU": 65}, *({"GPU": 8, "CPU": 64},) * 17)
     assert prefill.strategy == "STRICT_SPREAD" and decode.unit is not None
     assert decode.unit.wanted.layers == tuple(range(3, 62))

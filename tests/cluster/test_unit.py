@@ -190,6 +190,8 @@ async def answers(
 
     try:
         async with asyncio.timeout(60):
+            while prefill and dispatcher._source() is None:
+                await asyncio.sleep(0.01)
             await asyncio.gather(*(one(request) for request in asked))
     finally:
         await dispatcher.close()

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from rayseek.cluster.config import EngineSettings
+from rayseek.cluster.config import EngineSettings, ExchangeSettings
 from rayseek.cluster.dispatch import Dispatcher, JournalEntry, RankAddress, RankChannel
 from rayseek.cluster.engine import Engine, run_to_end
 from rayseek.cluster.rank import Rank
@@ -29,6 +29,7 @@ from rayseek.cluster.request import (
     Token,
 )
 from rayseek.cluster.scheduler import Limits
+from rayseek.cluster.spec import RankSpec
 from rayseek.cluster.speculation import Choice
 from rayseek.cluster.tokens_pb2 import ToRank
 from rayseek.cluster.wire import (
@@ -287,14 +288,14 @@ async def test_a_silent_rank_delays_nobody(
         await asyncio.to_thread(server.stop)
 
 
-async def test_a_dead_engine_thread_shows_in_the_pulse(
-    make_engine: EngineMaker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rayseek.cluster.rank._load", lambda path, settings: make_engine())
-    rank = Rank("rank", "", EngineSettings())
-    await rank.start("127.0.0.1")
-    assert (await rank.pulse()).stalled_s == 0
-    assert rank._server is not None
+async def test_a_dead_engine_thread_shows_in_the_pulse(tiny_path: Path) -> None:
+    spec = RankSpec(
+        "decode", str(tiny_path), EngineSettings(), ExchangeSettings(), alone=True,
+        dedicated=False, host="127.0.0.1", node="n0",
+    )  # fmt: skip
+    rank = Rank("rank", spec)
+    await rank.start()
+    assert (await rank.pulse()).idle
     rank._server.engine_loop.stop()  # as a defect would end it
     with pytest.raises(RuntimeError, match="has died"):
         await rank.pulse()

@@ -25,6 +25,8 @@ def parser() -> argparse.ArgumentParser:
 
     _add_config(commands.add_parser("config", help="does a config fit, and how is it deployed?"))
 
+    _add_k8s(commands.add_parser("k8s", help="manifests for KubeRay: render, check"))
+
     inspect = commands.add_parser("inspect", help="where a checkpoint's bytes go, on N ranks")
     inspect.add_argument("path", type=Path, help="checkpoint folder, or a config.json alone")
     inspect.add_argument("--ranks", type=int, default=1, help="expert-parallel ranks (default 1)")
@@ -96,6 +98,16 @@ def _add_config(config: argparse.ArgumentParser) -> None:
     check.add_argument("--spec", choices=["671b", "small"], help="plan for this model, without its files")
     render = actions.add_parser("render", parents=[source], help="the file for `serve deploy`")
     render.add_argument("--key-file", type=Path, help="instead of api.key_file")
+
+
+def _add_k8s(k8s: argparse.ArgumentParser) -> None:
+    actions = k8s.add_subparsers(dest="action", required=True, metavar="ACTION")
+    render = actions.add_parser("render", help="a config's RayService, and what stands around it")
+    render.add_argument("config", help=f"a .yaml file, or one of {', '.join(shipped_configs())}")
+    render.add_argument("--out", type=Path, metavar="FOLDER", help="write the overlay there")
+    check = actions.add_parser("check", help="every problem of manifests, without a cluster")
+    check.add_argument("files", nargs="+", type=Path, metavar="FILE", help="or a folder, or -")
+    check.add_argument("--released", type=Path, metavar="FILE", help="what runs now: edits are judged")
 
 
 def _add_replay(again: argparse.ArgumentParser) -> None:
@@ -193,4 +205,5 @@ def _add_chaos(command: argparse.ArgumentParser) -> None:
     command.add_argument("--every", type=float, default=3, help="seconds between kills, at least")
     command.add_argument("--kinds", default="rank,expert,leader,expert leader", metavar="K,...")
     command.add_argument("--stop", action="store_true", help="SIGSTOP instead of SIGKILL")
+    command.add_argument("--nodes", type=int, default=1, help="Ray nodes, all on this machine")
     command.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""The `rayseek` command: serve, config, keys, inspect, make-model, make-corpus, train, bench, eval,
+"""The `rayseek` command: serve, config, k8s, keys, inspect, make-model, make-corpus, train, bench, eval,
 replay, conformance.
 
 Only messages; arguments stand in `arguments.py`, every command's work is elsewhere and imported
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         {
-            "serve": serve, "config": configure, "keys": keys, "inspect": inspect,
+            "serve": serve, "config": configure, "k8s": kubernetes, "keys": keys, "inspect": inspect,
             "make-model": make_model, "make-corpus": make_corpus, "train": train,
             "bench": bench, "conformance": conformance, "eval": evaluate, "replay": replay,
             "chaos": torment,
@@ -93,6 +93,16 @@ def configure(arguments: argparse.Namespace) -> None:
     if arguments.action == "render":
         print(config_command.render(arguments), end="")
     elif not config_command.check(arguments):
+        sys.exit(1)
+
+
+def kubernetes(arguments: argparse.Namespace) -> None:
+    """Exit code 0 only if there is no problem."""
+    from rayseek.serve_app.k8s import command
+
+    if arguments.action == "render":
+        command.render(arguments)
+    elif not command.verify(arguments):
         sys.exit(1)
 
 

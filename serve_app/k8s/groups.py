@@ -51,6 +51,10 @@ def _group(config: Config, deployment: Deployment) -> Group:
         return Group(name, 1, 1, 0, config.kubernetes.worker)
     if nodes > 1:
         hosts = nodes if name == "prefill" else 1
-        return Group(name, deployment.replicas * nodes // hosts, hosts, gpus, config.kubernetes.worker)
+        return Group(
+            name, deployment.replicas * nodes // hosts, hosts, gpus, config.kubernetes.worker
+        )
     ranks = len(deployment.places) // deployment.replicas
-    return Group(name, -(-deployment.replicas // (per_node // ranks)), 1, gpus, config.kubernetes.worker)
+    return Group(
+        name, -(-deployment.replicas // (per_node // ranks)), 1, gpus, config.kubernetes.worker
+    )

@@ -106,7 +106,9 @@ def _fabric_environment(fabric: FabricSettings) -> dict[str, str]:
 def _devices(config: Config, group: Group) -> dict[str, str]:
     if not group.gpus:
         return {}
-    rdma = {} if config.kubernetes.fabric.kind == "none" else {config.kubernetes.fabric.resource: "1"}
+    rdma = (
+        {} if config.kubernetes.fabric.kind == "none" else {config.kubernetes.fabric.resource: "1"}
+    )
     return {"nvidia.com/gpu": str(group.gpus), **rdma}
 
 
@@ -142,17 +144,21 @@ def _pod(
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": gib(shm_gib(size))}},
     ]
     if config.api.key_file is not None:
-        mounts.append({"name": "keys", "mountPath": str(config.api.key_file.parent), "readOnly": True})
-        volumes.append({"name": "keys", "secret": {"secretName": "rayseek-keys", "defaultMode": 0o440}})
+        mounts.append(
+            {"name": "keys", "mountPath": str(config.api.key_file.parent), "readOnly": True}
+        )
+        volumes.append(
+            {"name": "keys", "secret": {"secretName": "rayseek-keys", "defaultMode": 0o440}}
+        )
     source: dict[str, Any] | None = None
     if cell.weights.claim is not None:
         source = {"persistentVolumeClaim": {"claimName": cell.weights.claim, "readOnly": True}}
     elif cell.weights.node_path is not None:
-        source = (
-            {"hostPath": {"path": cell.weights.node_path, "type": "Directory"}}
-        )
+        source = {"hostPath": {"path": cell.weights.node_path, "type": "Directory"}}
     if source is not None and config.model.path is not None:
-        mounts.append({"name": "models", "mountPath": str(config.model.path.parent), "readOnly": True})
+        mounts.append(
+            {"name": "models", "mountPath": str(config.model.path.parent), "readOnly": True}
+        )
         volumes.append({"name": "models", **source})
     container = {
         "name": "ray",

@@ -21,9 +21,7 @@ def overlay(config: Config, source: str) -> dict[str, str]:
     plan = layout(config, DEEPSEEK_V3)  # pods and bundles are the same for a smaller one
     files = {
         "rayservice.yaml": documents_text(rayservice(config, plan)),
-        "cell.yaml": documents_text(
-            service(config), *budgets(config, plan), cell_policy(config)
-        ),
+        "cell.yaml": documents_text(service(config), *budgets(config, plan), cell_policy(config)),
         "kustomization.yaml": documents_text(kustomization(config)),
     }
     header = f"# Rendered; do not edit. To change it: rayseek k8s render {source}\n"

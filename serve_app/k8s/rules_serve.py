@@ -1,0 +1,97 @@
+"""The Serve config inside a RayService: KubeRay takes any text, and Serve any further key."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from pydantic import ValidationError
+from ray.serve.config import AutoscalingConfig
+from ray.serve.schema import ServeDeploySchema
+
+from rayseek.cluster.config import Config
+from rayseek.serve_app import application as builder
+from rayseek.serve_app.k8s.manifests import Finding, Manifests, rule
+from rayseek.serve_app.k8s.schemas import message_of, path_of
+
+IMPORT_PATH = f"{builder.__name__}:{builder.application.__name__}"
+OPEN = {"args", "user_config"}  # an application's own
+
+
+@functools.cache
+def _schema() -> Draft202012Validator:
+    """Serve's own, with unknown keys refused wherever keys are named."""
+    return Draft202012Validator(_closed(ServeDeploySchema.model_json_schema()))
+
+
+def _closed(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_closed(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    closed = {key: value if key in OPEN else _closed(value) for key, value in node.items()}
+    if "properties" in closed and isinstance(closed["properties"], dict):
+        closed["additionalProperties"] = False
+    return closed
+
+
+@rule
+def serve_text(all_: Manifests) -> Iterator[Finding]:
+    for cell in all_.cells:
+        if cell.serve is None:
+            yield f"{cell.name} serveConfigV2", "is not one YAML mapping with each key once"
+
+
+@rule
+def serve_schema(all_: Manifests) -> Iterator[Finding]:
+    for cell in all_.cells:
+        if cell.serve is None:
+            continue
+        where = f"{cell.name} serveConfigV2"
+        found = [(path_of(e), message_of(e)) for e in _schema().iter_errors(cell.serve)]
+        for path, message in found:
+            yield f"{where} {path}", message
+        if found:
+            continue
+        try:
+            ServeDeploySchema.model_validate(cell.serve)
+        except ValidationError as error:
+            for one in error.errors():
+                yield f"{where} {'.'.join(map(str, one['loc']))}", one["msg"]
+
+
+@rule
+def serve_autoscaling(all_: Manifests) -> Iterator[Finding]:
+    for cell in all_.cells:
+        for deployment in cell.deployments:
+            given = deployment.get("autoscaling_config")
+            if not isinstance(given, dict):
+                continue
+            where = f"{cell.name} {deployment.get('name')} autoscaling_config"
+            for name in sorted(set(given) - set(AutoscalingConfig.model_fields)):
+                yield f"{where}.{name}", "no such key"
+            try:
+                AutoscalingConfig.model_validate(given)
+            except ValidationError as error:
+                yield where, error.errors()[0]["msg"]
+
+
+@rule
+def serve_application(all_: Manifests) -> Iterator[Finding]:
+    for cell in all_.cells:
+        if cell.serve is None:
+            continue
+        where = f"{cell.name} applications"
+        if len(cell.applications) != 1:
+            yield where, f"a cell has one application, not {len(cell.applications)}"
+        for one in cell.applications:
+            if one.get("import_path") != IMPORT_PATH:
+                yield where, f"import_path is {one.get('import_path')!r}, not {IMPORT_PATH}"
+            try:
+                Config.model_validate(one.get("args") or {})
+            except ValidationError as error:
+                for problem in error.errors():
+                    path = ".".join(map(str, problem["loc"]))
+                    yield f"{where}[0].args {path}", problem["msg"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from rayseek.cluster.config import EngineSettings
 from rayseek.cluster.engine import Engine, EngineLimits
+from rayseek.cluster.expert_tally import ExpertTally
 from rayseek.cluster.grammar import GrammarCompiler, grammar_vocabulary
 from rayseek.cluster.pages import pages_for
 from rayseek.cluster.participant import Participant
@@ -22,6 +24,7 @@ from rayseek.model.config import ModelConfig
 from rayseek.model.fingerprint import fingerprint
 from rayseek.model.inventory import owned_names
 from rayseek.model.latent_cache import LatentCache
+from rayseek.model.moe import Experts, LocalExperts
 from rayseek.model.mtp import MTPModule
 from rayseek.model.transformer import Transformer
 from rayseek.model.vocabulary import undefined_ids
@@ -61,12 +64,18 @@ def engine_limits(config: ModelConfig, settings: EngineSettings) -> EngineLimits
     )
 
 
-def build_engine(path: Path, settings: EngineSettings, spread: Participant | None = None) -> Engine:
+def build_engine(
+    path: Path,
+    settings: EngineSettings,
+    spread: Participant | None = None,
+    tally: ExpertTally | None = None,
+) -> Engine:
     """Load a checkpoint and put an engine around it, in this process.
 
     spread: this rank's part in a unit over which the routed experts are spread; without it they
-    are all here. torch itself keeps to one thread: two that share a busy core wait for each other.
-    The kernels use `settings.threads` where a prompt makes it worth while.
+    are all here. tally: counts their rows then, on a CPU. torch itself keeps to one thread: two
+    that share a busy core wait for each other. The kernels use `settings.threads` where a prompt
+    makes it worth while.
     """
     torch.set_num_threads(1)
     config = ModelConfig.from_pretrained(path)
@@ -77,7 +86,9 @@ def build_engine(path: Path, settings: EngineSettings, spread: Participant | Non
     limits = engine_limits(config, settings)
     names = owned_names(config) if spread is None else owned_names(config, experts={})
     weights = Checkpoint.open(path).load(names).on(device)
-    experts = None if spread is None else spread.experts
+    experts: Callable[[str], Experts] | None = None if spread is None else spread.experts
+    if tally is not None and spread is None and device == "cpu":
+        experts = tally.counted(config, lambda prefix: LocalExperts(config, weights, prefix, ops))
     model = Transformer(config, weights, ops, limits.context, experts=experts)
     mtp = MTPModule(config, weights, ops, model, experts) if limits.draft_tokens else None
     pages = limits.num_pages

@@ -8,6 +8,7 @@ import torch
 
 from rayseek.cluster.build import build_engine
 from rayseek.cluster.engine import Engine
+from rayseek.cluster.expert_tally import ExpertTally
 from rayseek.cluster.participant import OnBroken, Participant
 from rayseek.cluster.placement import ExpertPlacement
 from rayseek.cluster.spec import RankSpec
@@ -32,12 +33,15 @@ class ExpertLoader:
 
 
 def build_rank(
-    name: str, spec: RankSpec, host: str, on_broken: OnBroken
+    name: str, spec: RankSpec, host: str, on_broken: OnBroken, tally: ExpertTally | None = None
 ) -> tuple[Engine, Participant | None, ExpertLoader | None]:
-    """An attention rank: its engine; its part in the unit and its experts, unless it is alone."""
+    """An attention rank: its engine; its part in the unit and its experts, unless it is alone.
+
+    tally: of the experts' rows, if it is.
+    """
     path = Path(spec.model_path)
     if spec.alone:
-        return build_engine(path, spec.settings), None, None
+        return build_engine(path, spec.settings, tally=tally), None, None
     participant, loader = build_expert_rank(name, spec, host, on_broken)
     return build_engine(path, spec.settings, participant), participant, loader
 

@@ -17,6 +17,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rayseek.cluster.logs import start_logging
 from rayseek.cluster.rank import ExpertRank, Started
 from rayseek.cluster.spec import RankSpec
 from rayseek.cluster.status import statuses
@@ -33,6 +34,7 @@ class Experts:
     """Deployment class of `Experts`. units: handles of the deployments whose units may want it."""
 
     def __init__(self, spec: RankSpec, *units: Any) -> None:
+        start_logging("experts")
         self._spec, self._units = spec, units
         self._numbers = itertools.count()
         self._bound: tuple[Any, str] | None = None  # the deployment, and our name there

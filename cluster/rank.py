@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from rayseek.cluster.dispatch import RankAddress
+from rayseek.cluster.logs import start_logging
 from rayseek.cluster.plan import Member, Pulse, Role, UnitPlan
 from rayseek.cluster.precedence import take_precedence
 from rayseek.cluster.rank_server import RankServer
@@ -42,7 +43,7 @@ class Seat:
     role: Role
 
     def __init__(self, name: str, spec: RankSpec) -> None:
-        logging.basicConfig(level=logging.INFO)
+        start_logging(name)
         self.name, self._spec = name, spec
         self._participant: Participant | None = None
         self._expert_loader: ExpertLoader | None = None
@@ -106,10 +107,12 @@ class Rank(Seat):
 
     def _load(self, host: str, on_broken: OnBroken) -> RankAddress | None:
         from rayseek.cluster.build_unit import build_rank
+        from rayseek.cluster.expert_tally import ExpertTally
 
         take_precedence()  # the kernels' threads inherit it
+        self._tally = ExpertTally()  # of a lone rank
         engine, self._participant, self._expert_loader = build_rank(
-            self.name, self._spec, host, on_broken
+            self.name, self._spec, host, on_broken, self._tally
         )
         self._server = RankServer(engine, self._participant, self._spec.transfer)
         port = self._server.start(host)
@@ -122,7 +125,8 @@ class Rank(Seat):
         if not self._server.engine_loop.alive:
             raise RuntimeError("the engine's thread has died; this rank's log says of what")
         pulse = self._server.engine_loop.pulse
-        rows = self._participant.take_expert_rows() if self._participant else None
+        counter = self._participant
+        rows = counter.take_expert_rows() if counter else self._tally.take()
         transfers = self._server.engine_loop.transfers.counters.so_far
         return replace(pulse, expert_rows=rows, transfers=transfers)
 

@@ -23,10 +23,22 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayseek.cluster.dispatch import RankAddress
 from rayseek.cluster.expert_load import ExpertLoad, pays
-from rayseek.cluster.plan import Member, Pulse, UnitPlan, culprits, next_plan, problems
+from rayseek.cluster.logs import start_logging
+from rayseek.cluster.metrics import UNIT, Meter, RayMeter
+from rayseek.cluster.placement import ExpertPlacement, Loads
+from rayseek.cluster.plan import (
+    Member,
+    Pulse,
+    UnitPlan,
+    Wanted,
+    culprits,
+    next_plan,
+    problems,
+)
 from rayseek.cluster.rank import Rank, Started
 from rayseek.cluster.spec import RankSpec, UnitSpec
 from rayseek.cluster.status import UnitStatus
+from rayseek.cluster.unit_report import UnitReport, UnitView
 
 log = logging.getLogger("rayseek.unit")
 
@@ -69,10 +81,13 @@ def rank_options(spec: RankSpec) -> dict[str, Any]:
 class Unit:
     """Deployment class of `Decode` and `Prefill`."""
 
-    def __init__(self, spec: UnitSpec, name: str | None = None) -> None:
-        """name: of this unit; None: made from the actor's id."""
+    def __init__(self, spec: UnitSpec, name: str | None = None, meter: Meter | None = None) -> None:
+        """name: of this unit; None: made from the actor's id. meter: None: Ray's."""
         self._spec, self._wanted = spec, spec.wanted
         self._id = name or f"{spec.role}-{ray.get_runtime_context().get_actor_id()[:8]}"
+        start_logging(self._id)
+        self._report = UnitReport(self._id, spec.role, spec.wanted, meter or RayMeter(UNIT))
+        self._lone = _all_on_one(spec.wanted) if spec.rank.alone else None
         self._numbers = itertools.count()
         self._company = Company()
         self._plan: UnitPlan | None = None
@@ -92,15 +107,9 @@ class Unit:
 
     async def status(self) -> UnitStatus:
         """Who serves here right now, and what is missing."""
-        company, alone = self._company, self._spec.rank.alone
-        serves = alone or self._plan is not None
+        company = self._company
+        serves = self._spec.rank.alone or self._plan is not None
         experts = [m.name for m in company.present if m.role == "expert"]
-        if not serves:
-            found = [self._why]
-        elif alone:
-            found = [] if company.hands else ["its rank is being started"]
-        else:
-            found = problems(self._plan, company.present, self._wanted)
         room = self._wanted.experts + self._spec.spares - len(experts)
         return UnitStatus(
             unit=self._id,
@@ -109,11 +118,19 @@ class Unit:
             ranks=tuple(
                 h.address for h in company.hands.values() if serves and h.address and not h.leaving
             ),
-            problems=tuple(f"{self._id}: {sentence}" for sentence in found),
+            problems=tuple(f"{self._id}: {sentence}" for sentence in self._problems),
             expert_ranks=tuple(experts),
             experts_missing=room if self._wanted.experts else 0,
             deaths=company.deaths,
         )
+
+    async def view(self) -> UnitView:
+        """For the cluster page."""
+        return self._report.view(self._plan, *self._state)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's hook: what cluster/autoscaling.py scales by."""
+        return self._report.to_scale_by(self._placement, self._load.rows)
 
     async def attach(self, unit: str, actor: Any, started: Started) -> bool:
         """Take an expert rank in, if `unit` is meant and it has room. Its death ends the bond."""
@@ -145,6 +162,25 @@ class Unit:
         for task in self._tasks:
             if task.done():
                 task.result()
+
+    @property
+    def _placement(self) -> ExpertPlacement | None:
+        return self._plan.placement if self._plan else self._lone
+
+    @property
+    def _problems(self) -> list[str]:
+        if self._spec.rank.alone:
+            return [] if self._company.hands else ["its rank is being started"]
+        if self._plan is None:
+            return [self._why]
+        return problems(self._plan, self._company.present, self._wanted)
+
+    @property
+    def _state(self) -> tuple[list[Member], ExpertPlacement | None, Loads, list[str], int]:
+        """What a report is made of, beside the plan."""
+        company = self._company
+        loads = self._load.rows
+        return company.present, self._placement, loads, self._problems, company.deaths
 
     # ---- processes ----
 
@@ -231,6 +267,8 @@ class Unit:
             self._load.age(time.monotonic() - last)
             last = time.monotonic()
             self._count_rows(pulses)
+            self._report.take(last, pulses, self._plan)
+            self._report.publish(self._plan, *self._state)
 
     async def _pulse(self, hand: Hand, deadline: float) -> Pulse | None:
         """None: no answer in time, or one that says that it can not go on."""
@@ -247,14 +285,17 @@ class Unit:
             return None
 
     def _count_rows(self, pulses: dict[str, Pulse | None]) -> None:
-        plan, exchange = self._plan, self._spec.rank.exchange
-        if plan is None:
+        plan, exchange, placement = self._plan, self._spec.rank.exchange, self._placement
+        if placement is None:
             return
         for name, pulse in pulses.items():
-            holder = plan.holder_of(name)
+            holder = plan.holder_of(name) if plan else 0
             rows = pulse.expert_rows if pulse else None
-            if holder is not None and rows and rows.version == plan.placement.version:
-                self._load.add(plan.placement, holder, rows.rows)
+            if holder is not None and rows and rows.version == placement.version:
+                self._load.add(placement, holder, rows.rows)
+                self._report.count_experts(placement, holder, rows)
+        if plan is None:
+            return
         now = time.monotonic()
         if exchange.rebalance_s and now - self._rebalanced > exchange.rebalance_s:
             self._rebalanced = now
@@ -338,6 +379,12 @@ class Unit:
             if all(p is not None and p.epoch >= plan.epoch for p in pulses):
                 return
             await asyncio.sleep(0.05)
+
+
+def _all_on_one(wanted: Wanted) -> ExpertPlacement:
+    """Where a lone rank has its experts."""
+    experts = tuple(range(wanted.num_experts))
+    return ExpertPlacement(0, dict.fromkeys(wanted.layers, experts), wanted.num_experts, (0,))
 
 
 async def _all(references: Iterable[Any]) -> None:

@@ -24,6 +24,7 @@ from rayseek.cluster.build import build_engine
 from rayseek.cluster.config import EngineSettings, ExchangeSettings, TransferSettings
 from rayseek.cluster.dispatch import Dispatcher
 from rayseek.cluster.engine import run_to_end
+from rayseek.cluster.metrics import NoMeter
 from rayseek.cluster.plan import Wanted
 from rayseek.cluster.rank import ExpertRank, Rank, Seat
 from rayseek.cluster.request import Request, SamplingParams, Token
@@ -77,7 +78,7 @@ class Company(Unit):
     """A unit whose processes are threads."""
 
     def __init__(self, spec: UnitSpec) -> None:
-        super().__init__(spec, "unit")
+        super().__init__(spec, "unit", NoMeter())
         self.actors: dict[str, Direct] = {}
         self.killed: list[asyncio.Future[None]] = []
 

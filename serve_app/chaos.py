@@ -11,6 +11,7 @@ import argparse
 import http.client
 import json
 import random
+import re
 import signal
 import statistics
 import threading
@@ -25,15 +26,16 @@ from rich.console import Console
 from rich.table import Table
 
 from rayseek.cluster.config import Config
-from rayseek.serve_app.local import StartError
+from rayseek.serve_app.local import StartError, add_node
 from rayseek.serve_app.start import started
 
-VICTIMS = {  # what dies -> how Ray names such processes
-    "rank": "ray::Rank",
-    "expert": "ray::ExpertRank",
-    "leader": "ray::ServeReplica:rayseek:Decode",
-    "prefill leader": "ray::ServeReplica:rayseek:Prefill",
-    "expert leader": "ray::ServeReplica:rayseek:Experts",
+VICTIMS = {  # what dies -> how Ray titles such processes
+    "rank": re.compile(r"ray::Rank\b"),
+    "expert": re.compile(r"ray::ExpertRank\b"),
+    "leader": re.compile(r"ray::ServeReplica:rayseek:Decode"),
+    "prefill leader": re.compile(r"ray::ServeReplica:rayseek:Prefill"),
+    "expert leader": re.compile(r"ray::ServeReplica:rayseek:Experts"),
+    "node": re.compile(r".*/raylet$"),
 }
 CALM_S = 1.0  # after every stream has moved again
 GIVE_UP_S = 180.0  # for a stream to move
@@ -150,29 +152,34 @@ def run_stream(endpoint: Endpoint, watch: Watch, number: int, asked: Sequence[di
 
 
 def victims(root: psutil.Process, kind: str) -> list[psutil.Process]:
-    """The processes of a kind under `root`, those that are stopped already left out."""
+    """The processes of a kind under `root` that run; of the nodes, all but the first."""
     found = []
     for process in root.children(recursive=True):
         try:
             title = process.cmdline()[0]
-            if process.status() == psutil.STATUS_STOPPED:
+            if process.status() == psutil.STATUS_STOPPED or not VICTIMS[kind].match(title):
                 continue
-        except (psutil.Error, IndexError):
+            parent = process.parent()
+            if kind != "node" or (parent is not None and "start" in parent.cmdline()):
+                found.append(process)
+        except (psutil.Error, IndexError):  # it ended meanwhile
             continue
-        name = title.split(".")[0].split("#")[0] if kind in ("rank", "expert") else title
-        if (
-            name == VICTIMS[kind]
-            or (" " in kind or kind == "leader")
-            and name.startswith(VICTIMS[kind])
-        ):
-            found.append(process)
     return found
 
 
 def disturb(
-    watch: Watch, kinds: Sequence[str], kills: int, every_s: float, number: int, seed: int
+    watch: Watch,
+    kinds: Sequence[str],
+    kills: int,
+    every_s: float,
+    number: int,
+    seed: int,
+    gcs_address: str,
 ) -> list[tuple[Kill, float]]:
-    """Kill one process after the other, and wait each time until every stream has moved again."""
+    """Kill one process after the other, and wait each time until every stream has moved again.
+
+    A killed node is followed by a new one.
+    """
     rng, root = random.Random(seed), psutil.Process()
     done: list[tuple[Kill, float]] = []
     while len(done) < kills:
@@ -186,6 +193,8 @@ def disturb(
             rng.choice(victims(root, kind)).send_signal(number)
         except (psutil.Error, IndexError):
             continue
+        if kind == "node":
+            add_node(gcs_address)
         deadline = kill.at + GIVE_UP_S
         while time.monotonic() < deadline:
             if all(times and times[-1] > kill.at for times in watch.arrivals):
@@ -196,7 +205,9 @@ def disturb(
     return done
 
 
-def torment(endpoint: Endpoint, arguments: argparse.Namespace, console: Console) -> bool:
+def torment(
+    endpoint: Endpoint, gcs_address: str, arguments: argparse.Namespace, console: Console
+) -> bool:
     """The whole experiment against a running service below this process; whether it held."""
     asked = prompts(arguments.prompts, arguments.seed)
     console.print(f"Answering {len(asked)} prompts in peace ...")
@@ -214,7 +225,9 @@ def torment(endpoint: Endpoint, arguments: argparse.Namespace, console: Console)
     try:
         time.sleep(2 * CALM_S)
         kinds = arguments.kinds.split(",")
-        done = disturb(watch, kinds, arguments.kills, arguments.every, number, arguments.seed)
+        done = disturb(
+            watch, kinds, arguments.kills, arguments.every, number, arguments.seed, gcs_address
+        )
     finally:
         watch.stop.set()
         for thread in threads:
@@ -243,8 +256,8 @@ def report(watch: Watch, done: Sequence[tuple[Kill, float]], console: Console) -
 def chaos(arguments: argparse.Namespace, config: Config) -> bool:
     """Start the config's service here, and see whether it holds."""
     console = Console()
-    with started(config) as service:
+    with started(config, arguments.nodes) as service:
         if service.shown_key is None:
             raise StartError("the config's keys are not known here; set api.keys")
         endpoint = Endpoint(service.address, service.shown_key, config.model.name)
-        return torment(endpoint, arguments, console)
+        return torment(endpoint, service.gcs_address, arguments, console)

@@ -14,6 +14,8 @@ import secrets
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -34,6 +36,11 @@ log = logging.getLogger("rayseek.local")
 
 READY_TIMEOUT_S = 1800.0
 LOOPBACK = "127.0.0.1"
+QUICK_NODE_DEATH = {  # Ray's defaults take half a minute to notice
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "4",
+}
 
 
 class StartError(RuntimeError):
@@ -48,6 +55,7 @@ class Running:
     dashboard: str
     dashboard_token: str  # Ray's dashboard asks for it
     logs: Path
+    gcs_address: str  # where further nodes find the cluster
     shown_key: str | None = None  # one that may be shown on this machine
 
 
@@ -111,9 +119,12 @@ def serve_environment(config: Config, folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running(config: Config, model_path: Path, settings: ApiSettings) -> Iterator[Running]:
+def running(
+    config: Config, model_path: Path, settings: ApiSettings, nodes: int = 1
+) -> Iterator[Running]:
     """Start Ray and the application, wait until it answers, and take everything down at the end.
 
+    nodes: Ray nodes, all on this machine; several are for trying what the death of one does.
     Raises StartError when it cannot start.
     """
     check_port(config.ingress.host, config.ingress.port)
@@ -126,6 +137,8 @@ def running(config: Config, model_path: Path, settings: ApiSettings) -> Iterator
         }
     folder = Path(tempfile.mkdtemp(prefix="rayseek-", dir="/tmp"))  # short: it holds sockets
     os.environ.update(serve_environment(config, folder))
+    if nodes > 1:
+        os.environ.update(QUICK_NODE_DEATH)
     give_way()
     import ray
     from ray import serve
@@ -144,7 +157,11 @@ def running(config: Config, model_path: Path, settings: ApiSettings) -> Iterator
             logging_level=logging.WARNING,
             _temp_dir=str(folder / "ray"),
         )
+        gcs_address = context.address_info["gcs_address"]
+        for _ in range(nodes - 1):
+            add_node(gcs_address)
         serve.start(
+            proxy_location="HeadOnly",  # all nodes that this starts are one machine
             http_options={"host": config.ingress.host, "port": config.ingress.port},
             grpc_options=grpc_options,
             logging_config={"log_level": "WARNING"},
@@ -158,7 +175,7 @@ def running(config: Config, model_path: Path, settings: ApiSettings) -> Iterator
         host = LOOPBACK if config.ingress.host in ("0.0.0.0", "::") else config.ingress.host
         address = f"http://{host}:{config.ingress.port}"
         _wait_until_ready(f"{address}/ready")
-        yield Running(address, dashboard, os.environ["RAY_AUTH_TOKEN"], logs)
+        yield Running(address, dashboard, os.environ["RAY_AUTH_TOKEN"], logs, gcs_address)
     finally:
         with _uninterrupted():
             started = psutil.Process().children(recursive=True)
@@ -168,6 +185,16 @@ def running(config: Config, model_path: Path, settings: ApiSettings) -> Iterator
                 process.kill()
             shutil.rmtree(folder, ignore_errors=True)
             take_precedence()
+
+
+def add_node(gcs_address: str) -> None:
+    """Another Ray node on this machine: a raylet with ports of its own, below this process."""
+    command = [
+        str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats",
+        f"--address={gcs_address}", "--num-cpus=4", f"--object-store-memory={100 * 2**20}",
+        f"--dashboard-agent-listen-port={free_port()}",
+    ]  # fmt: skip
+    subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _wait_until_ready(url: str) -> None:

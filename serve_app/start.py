@@ -56,8 +56,11 @@ def made_model(path: Path, config: object) -> Path:
 
 
 @contextlib.contextmanager
-def started(config: Config) -> Iterator[Running]:
-    """The service of this config, until the block ends. Raises StartError and CheckpointError."""
+def started(config: Config, nodes: int = 1) -> Iterator[Running]:
+    """The service of this config, until the block ends. Raises StartError and CheckpointError.
+
+    nodes: of Ray, on this machine.
+    """
     from rayseek.cluster.build import engine_limits
     from rayseek.model.checkpoint import Checkpoint
     from rayseek.serve_app.ingress import api_settings
@@ -76,5 +79,6 @@ def started(config: Config) -> Iterator[Running]:
     if not len(KeyRing(config.api.keys, file)):
         raise StartError(f"{file} has no keys: rayseek keys add NAME --file {file}")
     print(f"Starting Ray and the engine for {model} ...", flush=True)
-    with running(config, model, api_settings(config, context, file, shown)) as service:
+    settings = api_settings(config, context, file, shown)
+    with running(config, model, settings, nodes) as service:
         yield replace(service, shown_key=shown)

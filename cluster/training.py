@@ -33,7 +33,9 @@ def train_on_ray(config: RunConfig, folder: Path) -> None:
         _worker,
         train_loop_config={"config": _absolute(config), "folder": str(folder.absolute())},
         scaling_config=ScalingConfig(
-            config.workers, use_gpu=cuda, resources_per_worker={"CPU": config.threads, "GPU": cuda}
+            num_workers=config.workers,
+            use_gpu=cuda,
+            resources_per_worker={"CPU": config.threads, "GPU": cuda},
         ),
         torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
         run_config=RayRunConfig(

@@ -187,7 +187,7 @@ def rank(score: list[Tensor]) -> list[Tensor]:
     ranks = []
     for i, this in enumerate(score):
         before = [(other >= this) for other in score[:i]] + [(o > this) for o in score[i + 1 :]]
-        ranks.append(_total(before))
+        ranks.append(_total(before) if before else torch.zeros_like(this))
     return ranks
 
 

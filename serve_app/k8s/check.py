@@ -1,7 +1,8 @@
 """`rayseek k8s check`: every problem of a set of manifests, before a cluster sees them.
 
-First the form: YAML, known kinds, no nulls, strict schemas. The rules run on the objects that passed,
-so they need not doubt types. Files are judged together: a Service is matched with pods of another file.
+First the form: YAML, known kinds, no nulls, strict schemas. The rules run on the objects that
+passed, when all did, so they need not doubt types. Files are judged together: a Service is matched
+with the pods of another file.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def check(files: Mapping[str, str], released: Mapping[str, str] | None = None) -
             if not problems:
                 documents.append(document)
     found += _twice(documents)
+    if found:
+        return found
     before = [
         d
         for f, s in (released or {}).items()

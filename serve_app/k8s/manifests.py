@@ -99,9 +99,10 @@ class Cell:
     @cached_property
     def groups(self) -> list[Pod]:
         return [
-            Pod(g["groupName"], g, *(g[k] * g.get("numOfHosts", 1) for k in ("minReplicas", "maxReplicas")))
+            Pod(g["groupName"], g, g["minReplicas"] * hosts, g["maxReplicas"] * hosts)
             for g in self.cluster.get("workerGroupSpecs", [])
-        ]  # fmt: skip
+            for hosts in [g.get("numOfHosts", 1)]
+        ]
 
     @cached_property
     def pods(self) -> list[Pod]:

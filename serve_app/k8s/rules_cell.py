@@ -125,7 +125,7 @@ def whole_units(all_: Manifests) -> Iterator[Finding]:
                 if len(wanted) % pod.hosts:
                     yield (
                         f"{cell.name} {deployment['name']}",
-                        f"{len(wanted)} bundles are not whole replicas of {pod.hosts} {pod.name} pods",
+                        f"{len(wanted)} bundles: not whole replicas of {pod.hosts} pods",
                     )
 
 
@@ -144,7 +144,7 @@ def ingress_spread(all_: Manifests) -> Iterator[Finding]:
             if not most or replicas <= most * (pods - 1):
                 yield (
                     f"{cell.name} Ingress",
-                    f"{replicas} replicas, at most {most} on a pod, can leave one of {pods} pods idle",
+                    f"{replicas} replicas, at most {most} on a pod, may leave one of {pods} idle",
                 )
 
 

@@ -1,4 +1,7 @@
-"""The Serve config inside a RayService: KubeRay takes any text, and Serve any further key."""
+"""The Serve config inside a RayService: KubeRay takes any text, and Serve any further key.
+
+Ray is imported inside the rules: seconds that only they need.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,20 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
-from ray.serve.config import AutoscalingConfig
-from ray.serve.schema import ServeDeploySchema
 
 from rayseek.cluster.config import Config
-from rayseek.serve_app import application as builder
 from rayseek.serve_app.k8s.manifests import Finding, Manifests, rule
 from rayseek.serve_app.k8s.schemas import message_of, path_of
 
-IMPORT_PATH = f"{builder.__name__}:{builder.application.__name__}"
+IMPORT_PATH = "rayseek.serve_app.application:application"
 OPEN = {"args", "user_config"}  # an application's own
 
 
 @functools.cache
 def _schema() -> Draft202012Validator:
     """Serve's own, with unknown keys refused wherever keys are named."""
+    from ray.serve.schema import ServeDeploySchema
+
     return Draft202012Validator(_closed(ServeDeploySchema.model_json_schema()))
 
 
@@ -46,6 +48,8 @@ def serve_text(all_: Manifests) -> Iterator[Finding]:
 
 @rule
 def serve_schema(all_: Manifests) -> Iterator[Finding]:
+    from ray.serve.schema import ServeDeploySchema
+
     for cell in all_.cells:
         if cell.serve is None:
             continue
@@ -64,6 +68,8 @@ def serve_schema(all_: Manifests) -> Iterator[Finding]:
 
 @rule
 def serve_autoscaling(all_: Manifests) -> Iterator[Finding]:
+    from ray.serve.config import AutoscalingConfig
+
     for cell in all_.cells:
         for deployment in cell.deployments:
             given = deployment.get("autoscaling_config")

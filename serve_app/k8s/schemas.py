@@ -78,8 +78,14 @@ def _schemas() -> dict[str, Any]:
 
 @functools.cache
 def _validator(kind: str) -> Draft202012Validator:
-    bundle = _schemas()
-    return Draft202012Validator({**bundle["kinds"][kind], "definitions": bundle["definitions"]})
+    definitions = _schemas()["definitions"]
+    return Draft202012Validator({**schema_of(kind), "definitions": definitions})
+
+
+def schema_of(kind: str) -> dict[str, Any]:
+    """The schema of an apiVersion/Kind, whose references point into the bundle's definitions."""
+    found: dict[str, Any] = _schemas()["kinds"][kind]
+    return found
 
 
 def kinds() -> set[str]:

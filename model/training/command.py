@@ -8,7 +8,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 from rayseek.model.training.exchange import Alone, join
 from rayseek.model.training.export import export
@@ -37,15 +37,22 @@ def run(config: RunConfig, folder: Path) -> None:
         workers = spawn(_worker, (config, folder, where), nprocs=config.workers, join=False)
         assert workers is not None
 
+        asked: list[int] = []
+
         def pass_on(number: int, _: object) -> None:
+            asked.append(number)
             for pid in workers.pids():
                 with suppress(ProcessLookupError):  # it is done
                     os.kill(pid, number)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, pass_on)
-        while not workers.join():
-            pass
+        try:
+            while not workers.join():
+                pass
+        except ProcessExitedException:  # a worker that had not begun yet and did not listen
+            if not asked:
+                raise
 
 
 def _worker(rank: int, config: RunConfig, folder: Path, meeting: str) -> None:

@@ -188,6 +188,7 @@ class Dispatcher:
         self._wanted = asyncio.Event()
         self._changed = asyncio.Condition()
         self._fingerprint = ""
+        self.moved = 0  # requests that went on elsewhere after their rank had died
         self._refresher = asyncio.create_task(self._keep_fresh())
 
     async def close(self) -> None:
@@ -221,6 +222,7 @@ class Dispatcher:
                 return
             except RankLost:
                 entry.deaths += 1
+                self.moved += 1
                 log.warning("request %s moves on after %d tokens", request.id, len(entry.emitted))
                 if entry.deaths >= MAX_DEATHS:
                     yield entry.record(

@@ -9,6 +9,7 @@ from typing import Any
 
 from rayseek.cluster.dispatch import RankAddress
 from rayseek.cluster.spec import UnitRole
+from rayseek.cluster.unit_report import UnitView
 
 log = logging.getLogger("rayseek.status")
 
@@ -31,11 +32,20 @@ class UnitStatus:
 
 async def statuses(units: Any) -> list[UnitStatus]:
     """Of every unit behind a deployment's handle; those that do not answer in time are left out."""
+    return [answer for answer in await _ask(units, "status") if isinstance(answer, UnitStatus)]
+
+
+async def views(units: Any) -> list[UnitView]:
+    """The same for the cluster page."""
+    return [answer for answer in await _ask(units, "view") if isinstance(answer, UnitView)]
+
+
+async def _ask(units: Any, what: str) -> list[Any]:
     try:
-        answers = await units.broadcast("status").results_async(
+        answers: list[Any] = await units.broadcast(what).results_async(
             timeout_s=ASK_S, return_exceptions=True
         )
     except Exception as error:  # there is no replica yet, or Serve's controller recovers
         log.info("no unit answers: %s", error)
         return []
-    return [answer for answer in answers if isinstance(answer, UnitStatus)]
+    return answers

@@ -9,12 +9,15 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
+from rayseek.cluster.unit_report import UnitView
 from rayseek.serve_app.answer import Answer
 from rayseek.serve_app.chat import chat_answer
+from rayseek.serve_app.cluster_api import Views, add_cluster
 from rayseek.serve_app.completions import completion_answer
 from rayseek.serve_app.engine_port import Engine
 from rayseek.serve_app.errors import as_api_error, install_error_handlers
 from rayseek.serve_app.messages import add_messages
+from rayseek.serve_app.observer import Answers
 from rayseek.serve_app.openapi import describe
 from rayseek.serve_app.pages import add_pages
 from rayseek.serve_app.protocol import ChatRequest, CompletionRequest, parse
@@ -37,7 +40,7 @@ ABOUT = """\
   completion  POST {base}/v1/completions
   messages    POST {base}/v1/messages (Anthropic's API)
   models      GET  {base}/v1/models
-  pages       {base}/  {base}/chat  {base}/docs
+  pages       {base}/  {base}/chat  {base}/cluster  {base}/docs
   state       {base}/health  {base}/ready
 
   curl {base}/v1/chat/completions -H "Authorization: Bearer $API_KEY" \\
@@ -49,15 +52,20 @@ Answering = Callable[[Any, ApiSettings, Tokenizer, Engine], Awaitable[Answer]]
 
 
 def build_app(
-    settings: ApiSettings, tokenizer: Tokenizer, engine: Engine, service: Service | None = None
+    settings: ApiSettings,
+    tokenizer: Tokenizer,
+    engine: Engine,
+    service: Service | None = None,
+    views: Views | None = None,
 ) -> FastAPI:
     """The whole API over one engine; a plain ASGI application.
 
-    `service`: to share keys and queues with another front door.
+    `service`: to share keys and queues with another front door. `views`: of the cluster's units.
     """
     service = service or Service(settings, tokenizer, engine)
     app = FastAPI(title=f"Rayseek: {settings.model}", version="1", docs_url=None, redoc_url=None)
     install_error_handlers(app)
+    app.add_middleware(Answers, observer=service.observer)
     app.add_middleware(AnyCaseMethod)
     _add_generation(app, "/chat/completions", ChatRequest, chat_answer, service)
     _add_generation(app, "/completions", CompletionRequest, completion_answer, service)
@@ -65,8 +73,13 @@ def build_app(
     _add_models(app, service)
     _add_state(app, settings, service.readiness)
     add_pages(app, settings, service.keys, ABOUT)
+    add_cluster(app, service, views or _no_units)
     describe(app)
     return app
+
+
+async def _no_units() -> list[UnitView]:
+    return []
 
 
 def _add_generation(

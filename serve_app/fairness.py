@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from rayseek.cluster.request import Delta, Request, RequestRefused
 from rayseek.serve_app.engine_port import Engine
 from rayseek.serve_app.limits import Lease
+from rayseek.serve_app.observer import Observer, Sighting
 
 FIRST_GUESS = 256.0  # tokens of an answer, before a key has had one
 MEMORY = 0.2  # weight of the newest answer in a key's mean
@@ -64,6 +65,11 @@ class FairQueue:
         self._flows: dict[str, _Flow] = {}
         self._arrivals = 0
         self._running = 0
+
+    @property
+    def in_all(self) -> int:
+        """Requests at the engine."""
+        return self._running
 
     def waiting(self, key: str) -> int:
         return len(self._flows[key].waiting) if key in self._flows else 0
@@ -123,10 +129,12 @@ class FairEngine:
         max_waiting: int,
         several_keys: Callable[[], bool],
         crowd: float = 1.0,
+        observer: Observer | None = None,
     ) -> None:
         """`slots`: sequences the engine may have at once; `max_waiting`: of one key, at most."""
         self._engine, self._several_keys = engine, several_keys
         self._queue = FairQueue(slots, crowd)
+        self._observer = observer or Observer()
         self._max_waiting = max_waiting
         self._doors: dict[Ticket, asyncio.Future[None]] = {}
         self._service_s: dict[str, float] = {}  # mean time that a key's request is at the engine
@@ -135,12 +143,30 @@ class FairEngine:
     def fingerprint(self) -> str:
         return self._engine.fingerprint
 
+    @property
+    def load(self) -> tuple[int, int]:
+        """Sequences at the engine, and waiting for it."""
+        running = self._queue.in_all
+        return running, len(self._doors) - running
+
     def of(self, lease: Lease) -> Engine:
         """The engine as the holder of `lease` sees it."""
         return _Share(self, lease)
 
     async def generate(self, request: Request, lease: Lease) -> AsyncGenerator[Delta, None]:
         """Like `Engine.generate`. Raises RequestRefused if too many of the key wait already."""
+        with self._observer.sequence(request, lease.key.name, lease.arrived) as seen:
+            deltas = self._generate(request, lease, seen)
+            try:
+                async for delta in deltas:
+                    seen.took(delta)
+                    yield delta
+            finally:
+                await deltas.aclose()
+
+    async def _generate(
+        self, request: Request, lease: Lease, seen: Sighting
+    ) -> AsyncGenerator[Delta, None]:
         ticket = self._enter(request, lease)
         made, began, ended = 0, math.inf, False
         try:
@@ -151,7 +177,7 @@ class FairEngine:
                 lease.waiting -= 1
             lease.begun += 1
             began = time.monotonic()
-            lease.paid_prompt(request)
+            seen.begins(lease.paid_prompt(request))
             deltas = self._engine.generate(request)
             try:
                 async for delta in deltas:

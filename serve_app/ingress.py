@@ -13,10 +13,14 @@ from typing import Any
 
 from rayseek.cluster.config import Config
 from rayseek.cluster.dispatch import Dispatcher, RankAddress
-from rayseek.cluster.status import UnitStatus, statuses
+from rayseek.cluster.logs import start_logging
+from rayseek.cluster.metrics import INGRESS, RayMeter
+from rayseek.cluster.status import UnitStatus, statuses, views
+from rayseek.cluster.unit_report import UnitView
 from rayseek.serve_app.app import build_app
 from rayseek.serve_app.grpc_door import GrpcDoor
 from rayseek.serve_app.http_methods import accept_methods_in_any_case
+from rayseek.serve_app.observer import Observer
 from rayseek.serve_app.pages import is_loopback
 from rayseek.serve_app.service import Service
 from rayseek.serve_app.settings import ApiSettings
@@ -34,29 +38,39 @@ class Ingress(GrpcDoor):
         self, settings: ApiSettings, model_path: str, units: list[Any], experts: list[Any]
     ) -> None:
         accept_methods_in_any_case()
+        start_logging("ingress")
         self._settings = settings
         self._units = units
         self._tokenizer = Tokenizer.from_pretrained(Path(model_path))
         self._statuses: list[UnitStatus] = []
+        self._observer = Observer(RayMeter(INGRESS))
 
     async def _discover(self) -> list[RankAddress]:
         """Every attention rank of every unit that serves now."""
         found = await asyncio.gather(*(statuses(units) for units in self._units))
         self._statuses = [status for of_role in found for status in of_role]
+        self._observer.state(*self._service.load, self._engine.moved)
         return [
             replace(rank, prefills=status.role == "prefill")
             for status in self._statuses
             for rank in status.ranks
         ]
 
+    async def _views(self) -> list[UnitView]:
+        """Every unit as its leader sees it."""
+        found = await asyncio.gather(*(views(units) for units in self._units))
+        return [view for of_role in found for view in of_role]
+
     def _degraded(self) -> list[str]:
         """A sentence for each thing that the units miss."""
         return [problem for status in self._statuses for problem in status.problems]
 
     async def __serve_build_asgi_app__(self) -> Any:
-        engine = Dispatcher(self._discover)
-        self._service = Service(self._settings, self._tokenizer, engine, self._degraded)
-        return build_app(self._settings, self._tokenizer, engine, self._service)
+        engine = self._engine = Dispatcher(self._discover)
+        self._service = Service(
+            self._settings, self._tokenizer, engine, self._degraded, self._observer
+        )
+        return build_app(self._settings, self._tokenizer, engine, self._service, self._views)
 
 
 def api_settings(

@@ -96,6 +96,7 @@ class Lease:
         self.key = key
         self.waiting = 0  # sequences in the fair queue
         self.begun = 0  # sequences that have left it
+        self.arrived = clock()
         self._account, self._clock = account, clock
         self._prompts: set[tuple[int, ...]] = set()
         self._open = True
@@ -106,11 +107,13 @@ class Lease:
         """Everything this request needs is at the engine: it may be told that it succeeds."""
         return self.begun > 0 and self.waiting == 0
 
-    def paid_prompt(self, request: Request) -> None:
-        """Choices that share a prompt pay it once, as in `usage`."""
-        if request.prompt_ids not in self._prompts:
-            self._prompts.add(request.prompt_ids)
-            self.paid_tokens(len(request.prompt_ids))
+    def paid_prompt(self, request: Request) -> int:
+        """Choices that share a prompt pay it once, as in `usage`. Returns how many tokens it is."""
+        if request.prompt_ids in self._prompts:
+            return 0
+        self._prompts.add(request.prompt_ids)
+        self.paid_tokens(len(request.prompt_ids))
+        return len(request.prompt_ids)
 
     def paid_tokens(self, count: int) -> None:
         self._account.tokens.pay(count, self._clock())

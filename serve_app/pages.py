@@ -1,6 +1,6 @@
-"""The web pages: overview, chat, API reference; the files they load; who may see the key.
+"""The web pages: overview, chat, cluster, API reference; the files they load; who may see the key.
 
-    GET /  /chat  /docs           HTML that is the same for everyone
+    GET /  /chat  /cluster  /docs HTML that is the same for everyone
     GET /static/{version}/{name}  what it loads, from memory; the version is a digest of it all
     GET /pages/info               what the pages fill in; more for a caller with a key
 
@@ -141,6 +141,9 @@ def add_pages(app: FastAPI, settings: ApiSettings, keys: KeyRing, about: str) ->
     async def chat(request: Request) -> Response:
         return files["chat.html"].response(request, "no-cache")
 
+    async def cluster(request: Request) -> Response:
+        return files["cluster.html"].response(request, "no-cache")
+
     async def docs(request: Request) -> Response:
         return files["docs.html"].response(request, "no-cache")
 
@@ -157,6 +160,7 @@ def add_pages(app: FastAPI, settings: ApiSettings, keys: KeyRing, about: str) ->
 
     app.get("/", include_in_schema=False)(overview)
     app.get("/chat", include_in_schema=False)(chat)
+    app.get("/cluster", include_in_schema=False)(cluster)
     app.get("/docs", include_in_schema=False)(docs)
     app.get("/static/{asked}/{name:path}", include_in_schema=False)(static)
     app.get("/pages/info", include_in_schema=False)(info)

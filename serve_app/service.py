@@ -10,6 +10,7 @@ from rayseek.serve_app.errors import ApiError
 from rayseek.serve_app.fairness import FairEngine
 from rayseek.serve_app.keys import Key, KeyRing, check_model
 from rayseek.serve_app.limits import Lease, Limiter
+from rayseek.serve_app.observer import Observer
 from rayseek.serve_app.readiness import Readiness, WatchedEngine
 from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Tokenizer
@@ -24,9 +25,11 @@ class Service:
         tokenizer: Tokenizer,
         engine: Engine,
         problems: Callable[[], list[str]] = list,
+        observer: Observer | None = None,
     ) -> None:
         """problems: a sentence for each thing that is not as the config wants it."""
         self.settings, self.tokenizer = settings, tokenizer
+        self.problems, self.observer = problems, observer or Observer()
         self.watched = WatchedEngine(engine)
         self.readiness = Readiness(self.watched, settings, tokenizer.bos_id, problems)
         self.keys = KeyRing(settings.api_keys, settings.key_file)
@@ -37,7 +40,13 @@ class Service:
             settings.max_waiting,
             several_keys=lambda: len(self.keys) > 1,
             crowd=settings.crowd,
+            observer=self.observer,
         )
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Sequences at the engine, and waiting for it."""
+        return self._fair.load
 
     def check_model(self, key: Key, name: str) -> None:
         """Raises ApiError: 404 for a model that is not served, 403 for one not for this key."""

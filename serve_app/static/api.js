@@ -68,6 +68,11 @@ export async function info() {
   return found;
 }
 
+/** The state of the cluster's units; for those with a key. */
+export async function cluster() {
+  return (await call("api/cluster")).json();
+}
+
 /** Throws a Failure of kind `key` unless `value` is accepted. */
 export async function tryKey(value) {
   await call("v1/models", { headers: { Authorization: `Bearer ${value}` } });

@@ -62,7 +62,7 @@ class Tags(HTMLParser):
             self.inline.append(data)
 
 
-@pytest.mark.parametrize("path", ["/", "/chat", "/docs"])
+@pytest.mark.parametrize("path", ["/", "/chat", "/cluster", "/docs"])
 async def test_page_holds_to_its_own_policy(
     api: Any, small: Tokenizer, settings: ApiSettings, path: str
 ) -> None:

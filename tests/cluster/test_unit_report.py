@@ -1,0 +1,189 @@
+"""What leaders tell: counters that only count up, gauges of who is there, views of lone and split
+units."""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+from collections import defaultdict
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayseek.cluster import metrics
+from rayseek.cluster.expert_load import ExpertLoad
+from rayseek.cluster.logs import JsonLines, fields
+from rayseek.cluster.metrics import INGRESS, METRICS, UNIT, Totals, short
+from rayseek.cluster.placement import ExpertPlacement
+from rayseek.cluster.plan import Exchanged, ExpertRows, Member, Pulse, Wanted, next_plan
+from rayseek.cluster.step_clock import Work
+from rayseek.cluster.transfer_counters import Transfers
+from rayseek.cluster.unit_report import UnitReport, places_of
+
+ROOT = Path(metrics.__file__).parents[1]
+KINDS = {short(m): m for m in METRICS}
+Labels = tuple[tuple[str, str], ...]
+
+
+class Book:
+    """A meter that refuses what Prometheus would: unknown names, wrong kinds, wrong labels."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, dict[Labels, float]] = defaultdict(lambda: defaultdict(float))
+
+    def _check(self, name: str, kind: str, labels: dict[str, str]) -> Labels:
+        assert KINDS[name].kind == kind and set(labels) == set(KINDS[name].labels), name
+        assert all(isinstance(v, str) for v in labels.values())
+        return tuple(sorted(labels.items()))
+
+    def add(self, name: str, amount: float, **labels: str) -> None:
+        assert amount >= 0
+        self.values[name][self._check(name, "counter", labels)] += amount
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        self.values[name][self._check(name, "gauge", labels)] = value
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        self.values[name][self._check(name, "histogram", labels)] += value
+
+    def total(self, name: str, **labels: str) -> float:
+        wanted = set(labels.items())
+        return sum(v for key, v in self.values[name].items() if wanted <= set(key))
+
+
+class Load:
+    """As `engine.Load`, without torch."""
+
+    def __init__(self, **values: int) -> None:
+        self.running, self.waiting = values.get("running", 0), values.get("waiting", 0)
+        self.pages_held, self.pages_total = values.get("pages_held", 0), 100
+        self.prompt_tokens_queued = values.get("queued", 0)
+        self.draft_depth, self.drafted, self.accepted = 1, (10, 4), (8, 2)
+
+
+def pulse(steps: int, seconds: float = 1.0, **load: int) -> Pulse:
+    work = Work(steps, 1, steps * 100, steps * 10, {"idle": 5.0, "model": seconds})
+    return Pulse(
+        0, steps, "step", False, False, 0.5, load=Load(**load), work=work,  # type: ignore[arg-type]
+        exchanged=Exchanged(steps * 7, {"experts": seconds / 2}),
+        transfers=Transfers(fetched=steps),
+    )  # fmt: skip
+
+
+ALONE = Wanted(1, 0, 0, 4, 1, (3, 4))
+SPLIT = Wanted(2, 2, 0, 4, 1, (3, 4))
+
+
+def test_metrics_are_named_as_prometheus_wants_them() -> None:
+    assert len(KINDS) == len(METRICS) == len({m.name for m in METRICS})
+    for m in METRICS:
+        assert (m.kind == "counter") == m.name.endswith("_total")
+        assert bool(m.buckets) == (m.kind == "histogram") and list(m.buckets) == sorted(m.buckets)
+        assert m.name.startswith("rayseek_") and m.help.endswith(".")
+        assert not {"le", "quantile", *metrics.SERVE_LABELS} & set(m.labels)
+
+
+def test_every_metric_has_a_user() -> None:
+    """Each name is a string somewhere in the files that publish."""
+    for group, files in (
+        (UNIT, ["cluster/unit_report.py"]),
+        (INGRESS, ["serve_app/observer.py"]),
+    ):
+        nodes = [n for f in files for n in ast.walk(ast.parse((ROOT / f).read_text()))]
+        said = {n.value for n in nodes if isinstance(n, ast.Constant)}
+        assert {short(m) for m in group} <= said, {short(m) for m in group} - said
+
+
+@given(st.lists(st.lists(st.integers(0, 50), max_size=6), max_size=5))
+def test_totals_follow_generations(generations: list[list[int]]) -> None:
+    """Each process counts from zero; what is published is the sum of their last words. What is
+    read a little late, or out of order, is not counted twice."""
+    book = Book()
+    totals = Totals(book)
+    for number, readings in enumerate(generations):
+        for reading in readings:
+            totals.take(str(number), "steps", reading, unit="u", role="decode", rank="attention0")
+        totals.forget({})
+    assert book.total("steps") == sum(max(g, default=0) for g in generations)
+
+
+def test_lone_rank_and_its_successor() -> None:
+    book = Book()
+    report = UnitReport("u", "decode", ALONE, book)
+    placement = ExpertPlacement(0, {3: (0, 1, 2, 3), 4: (0, 1, 2, 3)}, 4, (0,))
+    load = ExpertLoad(ALONE.layers, 4, 60)
+    rows = ExpertRows(0, np.array([[9, 1, 0, 0], [0, 0, 4, 6]]))
+    report.take(10.0, {"a": pulse(5, running=3, pages_held=40, queued=500)}, None)
+    load.add(placement, 0, rows.rows)
+    report.count_experts(placement, 0, rows)
+    report.take(11.0, {"a": pulse(9, 1.5, running=3, pages_held=40, queued=500)}, None)
+    member = Member("a", "attention", "n", "")
+    state = ([member], placement, load.rows, ["one thing is wrong"], 0)
+    report.publish(None, *state)
+    assert book.total("kv_pages_used", rank="attention0") == 40
+    assert book.total("steps") == 9 and book.total("rows", kind="prompt") == 900
+    assert book.total("expert_rows", expert="0") == 9 and book.total("expert_rows") == 20
+    assert book.total("unit_problems") == 1 and book.total("unit_ranks", kind="attention") == 1
+    stats = report.to_scale_by(placement, load.rows)
+    assert stats["kv_used"] == 0.4 and stats["prompt_tokens_queued"] == 500
+    assert stats["step_s"] == pytest.approx(0.5 / 4)
+    assert stats["prompt_tokens_per_s"] == pytest.approx(400 / 0.5)
+    assert all(type(v) is float for v in stats.values()), "Serve takes numbers only"
+
+    view = json.loads(json.dumps(asdict(report.view(None, *state))))
+    assert view["ranks"][0]["place"] == "attention0" and view["ranks"][0]["rows_per_s"] == 440
+    assert view["experts"]["rows"] == [[9, 1, 0, 0], [0, 0, 4, 6]]
+    assert view["experts"]["imbalance"] == [1, 1]  # one holder has it all
+
+    report.take(12.0, {}, None)  # it died
+    report.publish(None, [], placement, load.rows, [], 1)
+    assert book.total("kv_pages_used") == 0 and book.total("batch_sequences") == 0
+    report.take(13.0, {"b": pulse(2)}, None)
+    assert book.total("steps") == 11 and book.total("rank_deaths") == 1
+
+
+def test_split_unit() -> None:
+    book = Book()
+    report = UnitReport("u", "decode", SPLIT, book)
+    names = ["x", "a", "y", "b", "z"]
+    members = [
+        Member(n, "expert" if n in "xyz" else "attention", "node", f"h:{i}")
+        for i, n in enumerate(names)
+    ]
+    loads = {3: [8.0, 0.0, 0.0, 0.0], 4: [1.0, 1.0, 1.0, 1.0]}
+    plan = next_plan(None, members, SPLIT, loads)
+    assert not isinstance(plan, str)
+    assert set(places_of(plan, names).values()) == {
+        "attention0", "attention1", "expert0", "expert1",
+    }  # fmt: skip
+    silent = replace(pulse(1), load=None, work=None)
+    for now in (1.0, 2.0):
+        expert = replace(silent, exchanged=Exchanged(0, {"experts": now * 0.7}))
+        report.take(now, {"a": pulse(1), "b": None, "x": expert, "y": expert, "z": silent}, plan)
+    report.publish(plan, members, plan.placement, loads, [], 3)
+    assert book.total("expert_imbalance", layer="3") == 2  # all rows at one of two
+    assert book.total("expert_imbalance", layer="4") == 1
+    assert book.total("unit_expert_imbalance") == pytest.approx((8 + 2) / (4 + 2))
+    view = report.view(plan, members, plan.placement, loads, [], 3)
+    assert [r.place for r in view.ranks] == [
+        "attention0", "attention1", "expert0", "expert1", "spare",
+    ]  # fmt: skip
+    assert view.experts is not None and view.experts.holders == ("expert0", "expert1")
+    stats = report.to_scale_by(plan.placement, loads)
+    assert stats["experts"] == 3 and stats["expert_busy"] == pytest.approx(1.4 / 3)
+
+
+def test_log_lines_are_json() -> None:
+    record = logging.LogRecord("rayseek.x", logging.INFO, "f", 1, "said %r", ("\n\x00",), None)
+    for name, value in fields(request="id-1", tokens=3)["fields"].items():
+        record.__dict__.setdefault("fields", {})[name] = value
+    line = JsonLines("decode-1").format(record)
+    assert "\n" not in line
+    said = json.loads(line)
+    assert (said["request"], said["tokens"], said["process"]) == ("id-1", 3, "decode-1")
+    assert said["level"] == "INFO" and said["time"].endswith("+00:00")

@@ -61,6 +61,6 @@ class KubernetesSettings(Section):
     weights: WeightSource = WeightSource()
     fabric: FabricSettings = FabricSettings()
     gcs: Literal["memory", "redis"] = "memory"  # redis: a new head finds the old one's state
-    upgrade: Literal["None", "NewCluster"] = "None"  # of KubeRay; None: add a cell, move the weights
+    upgrade: Literal["None", "NewCluster"] = "None"  # KubeRay's; None: by a second cell
     start_minutes: int = Field(default=90, ge=1)  # until a cell that does not serve has failed
     components: tuple[Literal["gateway", "grafana", "kueue", "mtls"], ...] = ()  # of k8s/components

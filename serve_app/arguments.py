@@ -95,7 +95,8 @@ def _add_config(config: argparse.ArgumentParser) -> None:
     source.add_argument("--model", type=Path, help="checkpoint folder, instead of model.path")
     actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
     check = actions.add_parser("check", parents=[source], help="memory, contradictions, all ranks")
-    check.add_argument("--spec", choices=["671b", "small"], help="plan for this model, without its files")
+    spec = "plan for this model, without its files"
+    check.add_argument("--spec", choices=["671b", "small"], help=spec)
     render = actions.add_parser("render", parents=[source], help="the file for `serve deploy`")
     render.add_argument("--key-file", type=Path, help="instead of api.key_file")
 
@@ -107,7 +108,7 @@ def _add_k8s(k8s: argparse.ArgumentParser) -> None:
     render.add_argument("--out", type=Path, metavar="FOLDER", help="write the overlay there")
     check = actions.add_parser("check", help="every problem of manifests, without a cluster")
     check.add_argument("files", nargs="+", type=Path, metavar="FILE", help="or a folder, or -")
-    check.add_argument("--released", type=Path, metavar="FILE", help="what runs now: edits are judged")
+    check.add_argument("--released", type=Path, metavar="FILE", help="what runs now: judge edits")
 
 
 def _add_replay(again: argparse.ArgumentParser) -> None:

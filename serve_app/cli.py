@@ -1,5 +1,5 @@
-"""The `rayseek` command: serve, config, k8s, keys, inspect, make-model, make-corpus, train, bench, eval,
-replay, conformance.
+"""The `rayseek` command: serve, config, k8s, keys, inspect, make-model, make-corpus, train, bench,
+eval, replay, conformance.
 
 Only messages; arguments stand in `arguments.py`, every command's work is elsewhere and imported
 when needed.
@@ -30,10 +30,10 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         {
-            "serve": serve, "config": configure, "k8s": kubernetes, "keys": keys, "inspect": inspect,
-            "make-model": make_model, "make-corpus": make_corpus, "train": train,
-            "bench": bench, "conformance": conformance, "eval": evaluate, "replay": replay,
-            "chaos": torment,
+            "serve": serve, "config": configure, "k8s": kubernetes, "keys": keys,
+            "inspect": inspect, "make-model": make_model, "make-corpus": make_corpus,
+            "train": train, "bench": bench, "conformance": conformance, "eval": evaluate,
+            "replay": replay, "chaos": torment,
         }[arguments.command](arguments)  # fmt: skip
     except (ConfigFileError, ValueError, FileExistsError, FileNotFoundError) as error:
         fail(error)

@@ -53,7 +53,7 @@ def cell_policy(config: Config) -> dict[str, Any]:
 def kustomization(config: Config) -> dict[str, Any]:
     """Composes base, the rendered files and the components that the config asks for."""
     cell = config.kubernetes
-    chosen = list(cell.components)
+    chosen: list[str] = list(cell.components)
     if cell.gcs == "redis":
         chosen.append("redis-ft")
     if cell.fabric.kind != "none":

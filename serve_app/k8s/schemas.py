@@ -102,7 +102,8 @@ def violations(document: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def path_of(error: ValidationError) -> str:
     """As spec.containers[0].name."""
-    return error.json_path.removeprefix("$").removeprefix(".")
+    path: str = error.json_path
+    return path.removeprefix("$").removeprefix(".")
 
 
 def message_of(error: ValidationError) -> str:

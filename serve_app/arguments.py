@@ -27,6 +27,8 @@ def parser() -> argparse.ArgumentParser:
 
     _add_k8s(commands.add_parser("k8s", help="manifests for KubeRay: render, check"))
 
+    _add_plan(commands.add_parser("plan", help="how many GPUs does a load need?"))
+
     inspect = commands.add_parser("inspect", help="where a checkpoint's bytes go, on N ranks")
     inspect.add_argument("path", type=Path, help="checkpoint folder, or a config.json alone")
     inspect.add_argument("--ranks", type=int, default=1, help="expert-parallel ranks (default 1)")
@@ -99,6 +101,18 @@ def _add_config(config: argparse.ArgumentParser) -> None:
     check.add_argument("--spec", choices=["671b", "small"], help=spec)
     render = actions.add_parser("render", parents=[source], help="the file for `serve deploy`")
     render.add_argument("--key-file", type=Path, help="instead of api.key_file")
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("config", help="whose units are counted: a .yaml file, or a shipped one")
+    plan.add_argument("--requests-per-second", type=float, required=True)
+    plan.add_argument("--prompt", type=int, default=4000, help="tokens, in the mean (4000)")
+    plan.add_argument("--output", type=int, default=800, help="tokens, in the mean (800)")
+    plan.add_argument("--cached", type=float, default=0.5, help="part of prompts in a cache (0.5)")
+    plan.add_argument("--accepted", type=float, default=0.85, help="drafts that come true (0.85)")
+    plan.add_argument("--first-token", type=float, default=3, help="target, in seconds (3)")
+    plan.add_argument("--between-tokens", type=float, default=100, help="target, in ms (100)")
+    plan.add_argument("--price", type=float, help="of a GPU hour")
 
 
 def _add_k8s(k8s: argparse.ArgumentParser) -> None:

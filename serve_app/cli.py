@@ -1,5 +1,5 @@
 """The `rayseek` command: serve, config, k8s, keys, inspect, make-model, make-corpus, train, bench,
-eval, replay, conformance.
+eval, replay, conformance, plan, chaos.
 
 Only messages; arguments stand in `arguments.py`, every command's work is elsewhere and imported
 when needed.
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         {
-            "serve": serve, "config": configure, "k8s": kubernetes, "keys": keys,
+            "serve": serve, "config": configure, "k8s": kubernetes, "keys": keys, "plan": plan,
             "inspect": inspect, "make-model": make_model, "make-corpus": make_corpus,
             "train": train, "bench": bench, "conformance": conformance, "eval": evaluate,
             "replay": replay, "chaos": torment,
@@ -104,6 +104,12 @@ def kubernetes(arguments: argparse.Namespace) -> None:
         command.render(arguments)
     elif not command.verify(arguments):
         sys.exit(1)
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    from rayseek.serve_app.plan_command import plan as hardware
+
+    print(hardware(arguments), end="")
 
 
 def interrupt(*_: object) -> NoReturn:

@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rayseek.cluster.cell import KubernetesSettings, Section
+from rayseek.cluster.scaling_settings import AutoscalingSettings
 
 Role: TypeAlias = Literal["prefill", "decode"]
 _SHIPPED = Path(__file__).parent / "configs"
@@ -196,6 +197,7 @@ class Config(Section):
     api: ApiSettings = ApiSettings()
     pages: PageSettings = PageSettings()
     ingress: IngressSettings = IngressSettings()
+    autoscaling: AutoscalingSettings = AutoscalingSettings()
     kubernetes: KubernetesSettings = KubernetesSettings()
 
     @property
@@ -210,6 +212,28 @@ class Config(Section):
         own = {name: getattr(unit, name) for name in ("cache_gib", "max_batch", "step_tokens")}
         changes = {name: value for name, value in own.items() if value is not None}
         return self.engine.model_copy(update=changes)
+
+    @model_validator(mode="after")
+    def _scales(self) -> Self:
+        for role, unit in (("prefill", self.prefill), ("decode", self.decode)):
+            widest = self.autoscaling.widest(role)
+            if widest and not widest.least <= unit.units <= widest.most:
+                raise ValueError(
+                    f"{role}.units is {unit.units}, outside autoscaling.{role} "
+                    f"({widest.least} to {widest.most}); units start with that many"
+                )
+        experts = self.autoscaling.experts
+        if experts and not experts.least <= self.decode.expert_ranks <= experts.most:
+            raise ValueError(
+                f"decode.expert_ranks is {self.decode.expert_ranks}, outside autoscaling.experts "
+                f"({experts.least} to {experts.most}); only dedicated experts scale by themselves"
+            )
+        if experts and experts.least < self.decode.expert_ranks:
+            raise ValueError(
+                f"autoscaling.experts.least is {experts.least}, fewer than decode.expert_ranks "
+                f"({self.decode.expert_ranks}), which a unit must have"
+            )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -112,7 +112,9 @@ def layout(
             for number in range(unit.units)
             for index, (node, device) in enumerate(nodes.take(unit.attention_ranks))
         )
-        units.append(_deployment(hardware, model, unit, rank, places))
+        elastic = config.autoscaling.experts if role == "decode" else None
+        most_experts = elastic.most if elastic else None
+        units.append(_deployment(hardware, model, unit, rank, places, most_experts))
         experts += [
             Place("expert", role, number, index, *nodes.take(1)[0], 0 if spare else slots, spare)
             for number in range(unit.units)
@@ -146,19 +148,24 @@ def _deployment(
     unit: UnitSettings,
     rank: RankSpec,
     places: tuple[Place, ...],
+    most_experts: int | None,
 ) -> Deployment:
-    """The units of one role, whose attention ranks are `places`."""
+    """The units of one role, whose attention ranks are `places`.
+
+    most_experts: dedicated ones of a unit, where their number follows the load.
+    """
     role = places[0].of
     # Every unit of a role lies on its nodes in the same way.
     bundle_of = tuple(p.node - places[0].node for p in places if p.unit == 0)
     counts = [bundle_of.count(bundle) for bundle in range(max(bundle_of) + 1)]
     wanted = Wanted(
         attention=unit.attention_ranks,
-        experts=unit.expert_ranks,
+        experts=most_experts or unit.expert_ranks,
         redundant=unit.redundant_experts,
         num_experts=model.n_routed_experts,
         groups=model.n_group,
         layers=tuple(range(model.first_k_dense_replace, model.stored_layers)),
+        least_experts=unit.expert_ranks if most_experts else None,
     )
     return Deployment(
         UNIT_NAMES[role], unit.units, _cpus(hardware)[0],

@@ -44,6 +44,12 @@ class Wanted:
     num_experts: int
     groups: int  # expert groups of the router
     layers: tuple[int, ...]  # with experts, the MTP module's included
+    least_experts: int | None = None  # how many `experts` may come down to; None: not below
+
+    @property
+    def needed_experts(self) -> int:
+        """Fewer than these are a problem."""
+        return self.experts if self.least_experts is None else self.least_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +99,7 @@ def next_plan(
         return "no attention rank is up"
     if not holders:
         return "no expert rank is up"
-    missing = wanted.attention - len(attention) + (wanted.experts - len(experts))
+    missing = wanted.attention - len(attention) + max(0, wanted.needed_experts - len(experts))
     if complete and missing > 0:
         return f"waiting for {missing} more ranks"
     epoch = 0 if current is None else current.epoch + 1
@@ -147,7 +153,7 @@ def problems(plan: UnitPlan | None, present: Sequence[Member], wanted: Wanted) -
     if plan is None:
         return ["the unit is not complete yet"]
     sentences = []
-    for role, want in (("attention", wanted.attention), ("expert", wanted.experts)):
+    for role, want in (("attention", wanted.attention), ("expert", wanted.needed_experts)):
         have = sum(m.role == role for m in plan.members)
         if have < want:
             sentences.append(f"{have} of {want} {role} ranks take part")

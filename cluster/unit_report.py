@@ -85,6 +85,7 @@ class _Rates:
     rows_per_s: float = 0.0
     prompt_rows_per_s: float = 0.0  # of the time that steps take
     step_s: float = 0.0
+    busy: float = 0.0  # part of the time that steps take
     expert_share: float = 0.0  # part of the time that experts compute
 
 
@@ -187,6 +188,7 @@ class UnitReport:
         return {
             "prompt_tokens_queued": float(sum(x.prompt_tokens_queued for _, x in engines)),
             "prompt_tokens_per_s": sum(r.prompt_rows_per_s for r, _ in engines),
+            "busy": sum(r.busy for r, _ in engines) / len(engines) if engines else 0.0,
             "running": float(sum(x.running for _, x in engines)),
             "waiting": float(sum(x.waiting for _, x in engines)),
             "kv_used": sum(pages) / len(pages) if pages else 0.0,
@@ -288,14 +290,16 @@ def _next(before: _Rates | None, now: float, pulse: Pulse) -> _Rates:
         return _Rates(now, pulse)
     passed, was = now - before.at, before.pulse
     rates = _Rates(
-        now, pulse, before.rows_per_s, before.prompt_rows_per_s, before.step_s, before.expert_share
-    )
+        now, pulse, before.rows_per_s, before.prompt_rows_per_s, before.step_s, before.busy,
+        before.expert_share,
+    )  # fmt: skip
     if pulse.work is not None and was.work is not None:
         prompt = pulse.work.prompt_rows - was.work.prompt_rows
         decode = pulse.work.decode_rows - was.work.decode_rows
         steps = pulse.work.steps - was.work.steps
         busy = _busy(pulse.work.seconds) - _busy(was.work.seconds)
         rates.rows_per_s = (prompt + decode) / passed
+        rates.busy = _smooth(before.busy, busy / passed)
         if steps and busy > 0:
             rates.step_s = busy / steps
         if prompt and busy > 0:  # steps that also decode compute fewer: it is a cautious rate

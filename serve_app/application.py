@@ -11,6 +11,7 @@ from typing import Any
 from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 
+from rayseek.cluster.autoscaling import autoscaling_policy
 from rayseek.cluster.config import Config
 from rayseek.model.config import ModelConfig
 from rayseek.serve_app.deploy import APP_NAME, build
@@ -33,7 +34,7 @@ def application(args: dict[str, Any]) -> Application:
     file = config.api.key_file
     if not len(KeyRing(config.api.keys, file)):
         raise ValueError(f"no API keys: neither api.keys nor api.key_file ({file}) has one")
-    return build(config, path, api_settings(config, context, file, None))
+    return build(config, path, api_settings(config, context, file, None), scaled=True)
 
 
 def serve_config(config: Config) -> dict[str, Any]:
@@ -60,11 +61,11 @@ def serve_config(config: Config) -> dict[str, Any]:
             "name": APP_NAME,
             "route_prefix": "/",
             "import_path": f"{__name__}:{application.__name__}",
-            "args": config.model_dump(
-                mode="json", exclude_defaults=True, exclude={"kubernetes"}
-            ),
+            "args": config.model_dump(mode="json", exclude_defaults=True, exclude={"kubernetes"}),
         }
     ]
+    if policy := autoscaling_policy(config):
+        file["applications"][0]["autoscaling_policy"] = policy
     ServeDeploySchema.model_validate(file)
     return file
 

@@ -8,6 +8,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
+from rayseek.cluster.autoscaling import replica_ranges
 from rayseek.cluster.config import Config
 from rayseek.cluster.experts import Experts
 from rayseek.cluster.layout import Deployment, layout
@@ -21,20 +22,28 @@ DRAIN_S = 30.0
 
 
 def build(
-    config: Config, model_path: Path, settings: ApiSettings, rank_host: str | None = None
+    config: Config,
+    model_path: Path,
+    settings: ApiSettings,
+    rank_host: str | None = None,
+    scaled: bool = False,
 ) -> Application:
     """`Ingress` over `Decode` and `Prefill`, whose units find their `Experts` by themselves.
 
     rank_host: where ranks listen for ingresses; None: on their node's address in the cluster.
+    scaled: by the policy of the Serve config file; without one, numbers stay as configured.
     Classes are wrapped here and not decorated, so that replicas import them by name.
     """
     model = ModelConfig.from_pretrained(model_path)
     whole = layout(config, model, str(model_path), rank_host)
+    ranges = replica_ranges(config) if scaled else {}
     units = {
-        d.name: _inner(Unit, d).bind(d.unit) for d in whole.deployments if d.unit is not None
+        d.name: _inner(Unit, d, ranges.get(d.name)).bind(d.unit)
+        for d in whole.deployments
+        if d.unit is not None
     }
     experts = [
-        _inner(Experts, d).bind(d.rank, *(units[name] for name in d.handles))
+        _inner(Experts, d, ranges.get(d.name)).bind(d.rank, *(units[name] for name in d.handles))
         for d in whole.deployments
         if d.unit is None and d.rank is not None
     ]
@@ -50,11 +59,26 @@ def build(
     ).bind(settings, str(model_path), list(units.values()), experts)
 
 
-def _inner(kind: type, deployment: Deployment) -> Any:
+def _inner(kind: type, deployment: Deployment, scales: tuple[int, int] | None = None) -> Any:
+    """scales: between these numbers of replicas, by the application's policy, which is the one
+    that waits before it decides."""
+    count: dict[str, Any] = {"num_replicas": deployment.replicas}
+    if scales is not None:
+        count = {
+            "autoscaling_config": {
+                "min_replicas": scales[0],
+                "max_replicas": scales[1],
+                "initial_replicas": deployment.replicas,
+                "upscale_delay_s": 0,
+                "downscale_delay_s": 0,
+                "metrics_interval_s": 1,
+                "look_back_period_s": 5,
+            }
+        }
     return serve.deployment(
         kind,
         name=deployment.name,
-        num_replicas=deployment.replicas,
+        **count,
         placement_group_bundles=[dict(bundle) for bundle in deployment.bundles],
         placement_group_strategy=deployment.strategy,
         ray_actor_options={"num_cpus": deployment.replica_cpus},

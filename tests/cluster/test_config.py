@@ -20,7 +20,7 @@ from rayseek.model.maker import SMALL
 from rayseek.model.official import DEEPSEEK_V3
 
 OFFICIAL = ModelConfig.from_pretrained(Path(__file__).parents[1] / "model" / "config_671b.json")
-REAL = [name for name in shipped_configs() if not name.startswith("laptop")]
+REAL = [name for name in shipped_configs() if not name.startswith(("laptop", "cpu"))]
 
 
 def test_the_spec_is_the_official_config() -> None:
@@ -40,7 +40,7 @@ def test_shipped_configs() -> None:
 def test_a_file_wins_over_a_name_only_by_its_ending(tmp_path: Path) -> None:
     (tmp_path / "laptop.yaml").write_text("decode: {units: 3}")
     assert load_config(str(tmp_path / "laptop.yaml")).decode.units == 3
-    with pytest.raises(ConfigFileError, match="neither a .yaml file nor one of h200-8, h800-16"):
+    with pytest.raises(ConfigFileError, match="neither a .yaml file nor one of cpu-smoke, h200-8"):
         load_config("desktop")
 
 

@@ -22,7 +22,7 @@ _SHIPPED = Path(__file__).parent / "configs"
 class ModelSettings(Section):
     """Which checkpoint is served, and under which names."""
 
-    path: Path | None = None  # official layout; None: a small model is made on first start
+    path: Path | None = None  # official layout; None: the small one that comes with Rayseek
     name: str = "deepseek-v3"  # `models.data[0].id`
     aliases: tuple[str, ...] = ("deepseek-chat",)  # further names that requests may use
 

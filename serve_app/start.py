@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rayseek.cluster.config import Config
+from rayseek.model.shipped import SHIPPED
 from rayseek.serve_app.local import Running, StartError, check_port, running
 
 
@@ -31,12 +32,8 @@ def key_file(config: Config) -> Path | None:
 
 
 def served_model(config: Config) -> Path:
-    """The configured checkpoint, or the small random one, made now if it is not there yet."""
-    if config.model.path is not None:
-        return config.model.path.absolute()
-    from rayseek.model.maker import SMALL
-
-    return made_model(cache_folder() / "models" / "small-random-v1", SMALL)
+    """The configured checkpoint, or the trained small one that comes with Rayseek."""
+    return SHIPPED if config.model.path is None else config.model.path.absolute()
 
 
 def made_model(path: Path, config: object) -> Path:

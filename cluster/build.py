@@ -101,4 +101,5 @@ def build_engine(
         undefined_ids(path, config.vocab_size),
         GrammarCompiler(vocabulary),
         fingerprint=fingerprint(path, choice.arithmetic),
+        sampler=choice.sampler,
     )

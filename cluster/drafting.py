@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rayseek.cluster.grammar import GrammarCompiler
 from rayseek.cluster.next_token import TokenChooser, masks_at
+from rayseek.cluster.request import Token
 from rayseek.cluster.sequence import Sequence
 from rayseek.cluster.speculation import DraftMeter
 from rayseek.model.batch import PAGE_TOKENS, Batch
@@ -73,10 +74,10 @@ class Drafter:
             passed = model.draft(batch, hidden_TD)
             if not drafting:
                 continue
-            drawn = self._chooser.draw(places, passed.logits_RV, masks)
-            for s, token in zip(drafting, drawn, strict=True):
-                if isinstance(token, int):
-                    s.drafts.append(token)
+            tokens = self._chooser.choose(places, passed.logits_RV, masks, logprobs=False)
+            for s, token in zip(drafting, tokens, strict=True):
+                if isinstance(token, Token):
+                    s.drafts.append(token.id)
             self._meter.draft_took(len(drafting), perf_counter() - began)
             on = [r for r, s in enumerate(drafting) if wants_more(s, number + 1)]
             assert passed.normed_TD is not None

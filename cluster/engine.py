@@ -29,6 +29,7 @@ from rayseek.cluster.scheduler import Limits, Plan, SequenceView, plan_step
 from rayseek.cluster.sequence import Sequence
 from rayseek.cluster.speculation import DepthPolicy, DraftMeter, choose_depth
 from rayseek.cluster.step_clock import IDLE, StepClock, Work
+from rayseek.kernels.sampler import Sampler, TorchSampler
 from rayseek.model.batch import PAGE_TOKENS, Batch
 from rayseek.model.cached_model import Passed
 from rayseek.model.latent_cache import LatentCache
@@ -104,6 +105,7 @@ class Engine:
     grammars: without it, requests that carry a grammar are refused.
     depth_policy: how many tokens to draft in a step, of those that the limits allow.
     fingerprint: of the model, told to those who ask this engine (model/fingerprint.py).
+    sampler: draws tokens from logits; without one, PyTorch does.
     """
 
     def __init__(
@@ -114,13 +116,14 @@ class Engine:
         grammars: GrammarCompiler | None = None,
         depth_policy: DepthPolicy = choose_depth,
         fingerprint: str = "",
+        sampler: Sampler | None = None,
     ) -> None:
         assert limits.num_pages * PAGE_TOKENS >= limits.context, "a context must fit the pages"
         self.model = model
         self.limits = limits
         self.fingerprint = fingerprint
         self.pool = PagePool(limits.num_pages)
-        self.chooser = TokenChooser(undefined_ids)
+        self.chooser = TokenChooser(undefined_ids, sampler or TorchSampler())
         self.meter = DraftMeter(limits.draft_tokens if model.drafts else 0)
         self._depth_policy = depth_policy
         self._grammars = grammars

@@ -19,7 +19,7 @@ from torch import Tensor
 from rayseek.cluster.grammar import GrammarCompiler
 from rayseek.cluster.request import Token
 from rayseek.cluster.sequence import Place
-from rayseek.kernels.sample import sample, top_logprobs
+from rayseek.kernels.sampler import Drawn, Edit, Row, Sampler
 
 MASKS_KEPT = 16  # masks of banned ids; an API needs two or three
 NO_TOKEN = "no token may follow: the grammar and the banned or barred ids exclude each other"
@@ -36,60 +36,39 @@ def masks_at(places: Rows[Place], grammars: GrammarCompiler | None) -> GrammarMa
 class TokenChooser:
     """undefined_ids: ids that have logits but no token; they are never chosen (spec 5.1)."""
 
-    def __init__(self, undefined_ids: list[int]) -> None:
+    def __init__(self, undefined_ids: list[int], sampler: Sampler) -> None:
         self.undefined = torch.tensor(undefined_ids, dtype=torch.int64)
+        self._sampler = sampler
         self._masks: dict[tuple[int, ...], Tensor] = {}  # by banned ids
 
     def choose(
-        self, places: Rows[Place], logits_RV: Tensor, grammar: GrammarMasks | None
+        self,
+        places: Rows[Place],
+        logits_RV: Tensor,
+        grammar: GrammarMasks | None,
+        logprobs: bool = True,
     ) -> list[Token | str]:
-        """A token per row of logits (consumed), or the reason why this place gets none."""
-        raw = {
-            r: logits_RV[r].clone()
-            for r, place in enumerate(places)
-            if place.sequence.request.sampling.logprobs is not None
-        }
-        tokens: list[Token | str] = []
-        for r, drawn in enumerate(self.draw(places, logits_RV, grammar)):
-            if isinstance(drawn, str):
-                tokens.append(drawn)
-            elif r in raw:
-                count = places[r].sequence.request.sampling.logprobs or 0
-                logprob, top = top_logprobs(raw[r], drawn, count)
-                tokens.append(Token(drawn, logprob, tuple(top)))
-            else:
-                tokens.append(Token(drawn))
-        return tokens
+        """A token per row of logits (consumed), or the reason why this place gets none.
 
-    def draw(
-        self, places: Rows[Place], logits_RV: Tensor, grammar: GrammarMasks | None
-    ) -> list[int | str]:
-        """The same as a bare token id."""
-        finite_R, device = torch.isfinite(logits_RV.sum(dim=1)), logits_RV.device
-        bound = [r for r, place in enumerate(places) if place.matcher is not None]
-        allowed_MV = grammar.result() if grammar is not None else None
-        for r, place in enumerate(places):
-            adjust_logits(logits_RV[r], place)
-        banned = [place.sequence.request.sampling.banned_ids for place in places]
-        masks = {ids: self._mask(ids, logits_RV.shape[1], device) for ids in set(banned)}
-        shared = len(masks) == 1  # by all rows, as almost always
-        logits_RV += masks[banned[0]] if shared else torch.stack([masks[b] for b in banned])
-        if allowed_MV is not None:
-            barred_MV = (torch.from_numpy(allowed_MV) == 0).to(device)
-            if len(bound) == len(places):
-                logits_RV.masked_fill_(barred_MV, -torch.inf)
-            else:
-                logits_RV[bound] = logits_RV[bound].masked_fill_(barred_MV, -torch.inf)
-        ids = sample(logits_RV, [place.draw() for place in places])
-        finite, drawn = finite_R.tolist(), list[int | str](ids)
-        for m, r in enumerate(bound):
-            error = places[r].grammar_error()  # a matcher in error lets EOS pass
-            if error or (allowed_MV is not None and not allowed_MV[m, ids[r]]):
-                drawn[r] = error or NO_TOKEN
-        return [
-            token if finite[r] else "the model's logits are not finite"
-            for r, token in enumerate(drawn)
-        ]
+        logprobs: False leaves them out even where the request wants them.
+        """
+        allowed = iter(grammar.result()) if grammar is not None else None
+        vocab, device = logits_RV.shape[1], logits_RV.device
+        rows = []
+        for place in places:
+            p = place.sequence.request.sampling
+            bound = allowed is not None and place.matcher is not None
+            rows.append(
+                Row(
+                    place.draw(),
+                    self._mask(p.banned_ids, vocab, device),
+                    edits(place),
+                    next(allowed) if bound and allowed is not None else None,
+                    p.logprobs if logprobs else None,
+                )
+            )
+        drawn = self._sampler.draw(logits_RV, rows)
+        return [_token(*each) for each in zip(places, rows, drawn, strict=True)]
 
     def _mask(self, banned: tuple[int, ...], vocab: int, device: torch.device) -> Tensor:
         """float32 [V]: -inf where an id has no token or is banned, else 0. Kept, for few differ."""
@@ -104,28 +83,36 @@ class TokenChooser:
         return mask_V
 
 
-def adjust_logits(logits_V: Tensor, place: Place) -> None:
-    """Penalties, then logit bias, then stop tokens barred before min_tokens (spec 6.1), in place.
+def _token(place: Place, row: Row, drawn: Drawn) -> Token | str:
+    if drawn.id is None:
+        return "the model's logits are not finite"
+    if error := place.grammar_error():  # a matcher in error lets EOS pass
+        return error
+    if row.allowed_V is not None and not row.allowed_V[drawn.id]:
+        return NO_TOKEN
+    return Token(drawn.id, drawn.logprob, drawn.top)
+
+
+def edits(place: Place) -> tuple[Edit, ...]:
+    """Penalties, then logit bias, then stop tokens barred before min_tokens (spec 6.1).
 
     Frequency and presence count emitted tokens; repetition also counts the prompt.
     """
-    p, device = place.sequence.request.sampling, logits_V.device
+    p = place.sequence.request.sampling
+    found: list[Edit] = []
 
-    def index(ids: Iterable[int]) -> Tensor:
-        return torch.tensor(list(ids), dtype=torch.int64, device=device)
+    def edit(ids: Iterable[int], values: Tensor, penalty: bool = False) -> None:
+        ids_N = torch.tensor(list(ids), dtype=torch.int64)
+        found.append(Edit(ids_N, values.expand(ids_N.shape).contiguous(), penalty))
 
     if p.repetition_penalty != 1.0:
-        seen = index(sorted({*place.sequence.ids, *place.drafts}))
-        values = logits_V[seen]
-        logits_V[seen] = torch.where(
-            values > 0, values / p.repetition_penalty, values * p.repetition_penalty
-        )
+        seen = sorted({*place.sequence.ids, *place.drafts})
+        edit(seen, torch.tensor(p.repetition_penalty), penalty=True)
     if p.frequency_penalty or p.presence_penalty:
-        seen_counts = place.counts
-        counts = torch.tensor(list(seen_counts.values()), dtype=torch.float32, device=device)
-        logits_V[index(seen_counts)] -= counts * p.frequency_penalty + p.presence_penalty
+        counts = torch.tensor(list(place.counts.values()), dtype=torch.float32)
+        edit(place.counts, -(counts * p.frequency_penalty + p.presence_penalty))
     if p.logit_bias:
-        biases = torch.tensor([bias for _, bias in p.logit_bias], device=device)
-        logits_V[index(i for i, _ in p.logit_bias)] += biases
-    if place.num_emitted < p.min_tokens and p.stop_token_ids:
-        logits_V[index(p.stop_token_ids)] = -torch.inf
+        edit((i for i, _ in p.logit_bias), torch.tensor([bias for _, bias in p.logit_bias]))
+    if p.min_tokens and place.num_emitted < p.min_tokens and p.stop_token_ids:
+        edit(p.stop_token_ids, torch.tensor(-torch.inf))
+    return tuple(found)

@@ -13,6 +13,7 @@
 #include "native_attention.h"
 #include "native_matrix.h"
 #include "native_rows.h"
+#include "native_sample.h"
 
 // ---------------------------------------------------------------- routed experts
 
@@ -249,5 +250,18 @@ long rs_picked_slots(const int32_t* slot, long stride, long R, long K, int first
                      const int32_t* home, long home_stride, long M, int32_t* row, int32_t* local,
                      int64_t* count) {
     return picked_slots(slot, stride, R, K, first, slots, home, home_stride, M, row, local, count);
+}
+
+// Tokens of R rows, their log-probabilities, and of the `most` likely ids of each.
+void rs_draw(const float* logits, long ld, long R, long V, const Draw* draws, long most,
+             int32_t* token, float* logprob, int32_t* top_id, float* top) {
+    auto one = [&](long r) {
+        token[r] = draw_row(logits + r * ld, V, draws[r]);
+        if (token[r] >= 0 && draws[r].logprobs >= 0)
+            logprobs_of(logits + r * ld, V, token[r], draws[r].logprobs, logprob + r,
+                        top_id + r * most, top + r * most);
+    };
+    if (R * V >= 1 << 18) return pool().run(R, one);
+    for (long r = 0; r < R; r++) one(r);
 }
 }

@@ -10,6 +10,7 @@ from rayseek.kernels.native import NativeOps
 from rayseek.kernels.native_build import NativeUnavailableError
 from rayseek.kernels.ops import SplitOps
 from rayseek.kernels.reference import ReferenceOps
+from rayseek.kernels.sampler import NativeSampler, Sampler, TorchSampler
 
 Preference = Literal["auto", "cuda", "native", "reference"]
 Device = Literal["cpu", "cuda"]
@@ -27,7 +28,14 @@ class Choice(NamedTuple):
     def arithmetic(self) -> str:
         """What decides how sums are rounded: two with the same name give the same bits."""
         tiles = isinstance(self.ops, NativeOps) and self.ops.amx
-        return f"{self.ops.name}{' amx' if tiles else ''}"
+        return f"{self.ops.name}{' amx' if tiles else ''}, drawn by {self.sampler.name}"
+
+    @property
+    def sampler(self) -> Sampler:
+        """Draws tokens from what these operations compute, where they do."""
+        if isinstance(self.ops, NativeOps):
+            return NativeSampler(self.ops.library)
+        return TorchSampler()
 
 
 def device_for(prefer: Preference = "auto") -> Device:

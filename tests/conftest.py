@@ -110,6 +110,7 @@ def make_engine(tiny_model: tuple[Transformer, MTPModule], tiny_path: Path) -> E
             model = CachedModel(main, pages, mtp if draft_tokens else None)
         else:
             model = ForesightModel(main, pages, mtp, blur)
-        return Engine(model, limits, undefined, GrammarCompiler(vocabulary), policy)
+        grammars, sampler = GrammarCompiler(vocabulary), choose_ops().sampler
+        return Engine(model, limits, undefined, grammars, policy, sampler=sampler)
 
     return make

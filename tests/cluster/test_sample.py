@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayseek.cluster.next_token import adjust_logits
+from rayseek.cluster.next_token import edits
 from rayseek.cluster.request import Request, SamplingParams
 from rayseek.cluster.sequence import Sequence
 from rayseek.kernels.sample import Draw, gumbel_noise, keep_mask, noise_key, sample, top_logprobs
+from rayseek.kernels.sampler import apply_edit
 
 VOCAB = 257
 
@@ -154,7 +155,8 @@ def test_penalties_and_bias_equal_their_definition(
             expected[i] = -np.inf
     request = Request("r", tuple(prompt), params, emitted_ids=tuple(emitted))
     logits = torch.tensor(values)
-    adjust_logits(logits, Sequence.start(request, 0).place)
+    for edit in edits(Sequence.start(request, 0).place):
+        apply_edit(logits, edit)
     assert np.array_equal(logits.numpy(), expected)
 
 

@@ -44,5 +44,5 @@ def agree(votes: Sequence[Vote], epoch: int) -> Agreement:
     return Agreement(kind, rows, adopt=len(newest) == 1 and newest.pop() > epoch)
 
 
-class Closed(Exception):
-    """A member is to end, and takes part in nothing any more."""
+class Closed(BaseException):
+    """A member is to end, and takes part in nothing any more. No error that a step may survive."""

@@ -27,6 +27,7 @@ log = logging.getLogger("rayseek.experts")
 
 LOOK_S = 0.5
 ASK_S = 5.0
+LEAVE_S = 25.0  # less than what Serve grants a replica that stops
 BUNDLE = 0
 
 
@@ -38,6 +39,7 @@ class Experts:
         self._spec, self._units = spec, units
         self._numbers = itertools.count()
         self._bound: tuple[Any, str] | None = None  # the deployment, and our name there
+        self._leaving = False
         self._keeper = asyncio.create_task(self._keep())
 
     async def check_health(self) -> None:
@@ -47,11 +49,12 @@ class Experts:
 
     async def __del__(self) -> None:
         """Serve's way of saying goodbye: leave before the process ends."""
-        self._keeper.cancel()
+        self._leaving = True  # and offer the rank to nobody
         if self._bound is not None:
             deployment, name = self._bound
             with contextlib.suppress(Exception):
-                await deployment.broadcast("detach", name).results_async(timeout_s=60)
+                await deployment.broadcast("detach", name).results_async(timeout_s=LEAVE_S)
+        self._keeper.cancel()
 
     async def _keep(self) -> None:
         """Run an expert rank for ever, and see that a unit has it."""
@@ -59,14 +62,15 @@ class Experts:
             name = f"experts-{ray.get_runtime_context().get_actor_id()[:8]}-{next(self._numbers)}"
             actor = self._spawn(name)
             try:
-                started = await actor.start.remote()
+                async with asyncio.timeout(self._spec.settings.load_timeout_s):
+                    started = await actor.start.remote()
                 death = asyncio.ensure_future(_awaited(actor.run_forever.remote()))
                 while not death.done():
                     await self._see_to_it(actor, started)
                     await asyncio.wait([death], timeout=LOOK_S)
                 death.result()
-            except ray.exceptions.RayError as error:
-                log.error("%s died: %s", name, str(error).strip().rpartition("\n")[2])
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                log.error("%s is lost: %s", name, str(error).strip().rpartition("\n")[2])
                 await asyncio.sleep(LOOK_S)
             finally:
                 with contextlib.suppress(Exception):
@@ -83,6 +87,8 @@ class Experts:
 
     async def _see_to_it(self, actor: Any, started: Started) -> None:
         """Offer the rank to the unit that misses most, unless some unit has it."""
+        if self._leaving:
+            return
         self._bound = None
         wants: list[tuple[int, Any, str]] = []
         for deployment in self._units:

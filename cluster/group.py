@@ -64,6 +64,7 @@ class Group:
         size: int,
         timeout_s: float,
         device: torch.device | str = "cpu",
+        address: str | None = None,
     ) -> None:
         limit = timedelta(seconds=timeout_s)
         try:
@@ -72,7 +73,7 @@ class Group:
             raise ExchangeBroken(
                 f"store {store_host}:{store_port} of group {prefix}: {_first_line(error)}"
             ) from error
-        self._form(store, prefix, rank, size, limit, torch.device(device))
+        self._form(store, prefix, rank, size, limit, torch.device(device), address=address)
 
     @classmethod
     def through(

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,6 +38,7 @@ log = logging.getLogger("rayseek.participant")
 
 BELL_S = 30.0  # a sleeper looks up so often, should a bell be lost
 AGREEMENT = "agreement"
+CONNECT = timedelta(seconds=3)
 FEW_ROWS = 32  # of a member in a pass
 Result = TypeVar("Result")
 
@@ -130,9 +132,9 @@ class Participant:
         formed, since = self._formed, self._since
         where, waits = self._where, self._where == AGREEMENT
         position = formed.exchange.position if formed else None
-        if position is not None and position.stage and position.since > since:
-            where, since = f"{where}, layer {position.layer}, {position.stage}", position.since
-            waits = position.waits
+        if position is not None and position.since > since:
+            since, waits = position.since, position.waits
+            where = f"{where}, layer {position.layer}, {position.stage or 'computing'}"
         return Pulse(
             epoch=formed.plan.epoch if formed else -1,
             passes=self._passes,
@@ -170,13 +172,16 @@ class Participant:
                 self._drop(broken)
             except Closed:
                 raise
-            except Exception:
+            except Exception as error:
+                # Its frames hold started exchanges, and so the group's sockets.
+                traceback.clear_frames(error.__traceback__)
                 # The others are in the middle of our pass: only a new group gets us out of step.
                 self._drop(ExchangeBroken(f"{self.name} failed in a pass"))
                 raise
             finally:
                 self._at("between passes")
 
+    @torch.inference_mode()
     def idle(self, has_work: Callable[[], bool]) -> None:
         """Nothing to do here: take part in one pass of the others, or sleep until a bell."""
         try:
@@ -201,17 +206,21 @@ class Participant:
     def connections(self, store: str) -> tuple[TCPStore, TCPStore]:
         """Two to the store at this host:port; kept, for connecting can take long."""
         if self._connected is None or self._connected[0] != store:
-            host, port = _address(store)
-            limit = timedelta(seconds=self.timeout_s)
-            try:
-                self._connected = (
-                    store,
-                    TCPStore(host, port, is_master=False, timeout=limit),
-                    TCPStore(host, port, is_master=False, timeout=limit),
-                )
-            except RuntimeError as error:
-                raise ExchangeBroken(f"no connection to the store at {store}") from error
+            self._connected = (store, self._connect(store), self._connect(store))
         return self._connected[1:]
+
+    def _connect(self, store: str) -> TCPStore:
+        """In short tries, for it may have died, and a newer plan may know."""
+        host, port = _address(store)
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            try:
+                client = TCPStore(host, port, is_master=False, timeout=CONNECT)
+                client.set_timeout(timedelta(seconds=self.timeout_s))
+                return client
+            except RuntimeError as error:
+                if self.has_news() or time.monotonic() > deadline:
+                    raise ExchangeBroken(f"no connection to the store at {store}") from error
 
     def has_news(self) -> bool:
         """A newer plan than the one that is being formed, or the order to close."""
@@ -362,12 +371,12 @@ class _Formed:
         """Whether it rang within BELL_S. Raises ExchangeBroken if its host is gone."""
         try:
             self._sleeper.wait([f"{self._keys}/{self.nap}"], timedelta(seconds=BELL_S))
+            if self.nap >= 2:  # everybody has woken from it: they agreed since
+                self._sleeper.delete_key(f"{self._keys}/{self.nap - 2}")
         except DistStoreError:
             return False
         except RuntimeError as error:
             raise ExchangeBroken(f"the store of {self.plan.members[0].name} is gone") from error
-        if self.nap >= 2:  # everybody has woken from it: they agreed since
-            self._sleeper.delete_key(f"{self._keys}/{self.nap - 2}")
         return True
 
     def close(self) -> None:

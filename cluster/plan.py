@@ -84,12 +84,14 @@ def next_plan(
     *,
     rebalance: bool = False,
     complete: bool = False,
+    epoch: int | None = None,
 ) -> UnitPlan | str:
     """The plan for those who are present, or why there is none.
 
     Experts stay where they are if they can: a dead holder's experts are taken over by their
     replicas when every expert has one left, and spread anew over the survivors when not.
     rebalance: spread by load even if nobody came or went. complete: wait for all that are wanted.
+    epoch: of the plan, larger than any before; None: the next after the current one's.
     """
     attention = _first([m for m in present if m.role == "attention"], wanted.attention, current)
     experts = _first([m for m in present if m.role == "expert"], wanted.experts, current)
@@ -102,7 +104,8 @@ def next_plan(
     missing = wanted.attention - len(attention) + max(0, wanted.needed_experts - len(experts))
     if complete and missing > 0:
         return f"waiting for {missing} more ranks"
-    epoch = 0 if current is None else current.epoch + 1
+    if epoch is None:
+        epoch = 0 if current is None else current.epoch + 1
     placement = _placement(current, holders, wanted, loads, rebalance)
     return UnitPlan(epoch, (*attention, *experts), placement, dedicated)
 

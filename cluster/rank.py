@@ -47,7 +47,8 @@ class Seat:
         self.name, self._spec = name, spec
         self._participant: Participant | None = None
         self._expert_loader: ExpertLoader | None = None
-        self._prepared: tuple[int, ExpertSlots | None] = (-1, None)
+        self._loading = asyncio.Lock()  # one load at a time, also of plans that are given up
+        self._prepared: tuple[UnitPlan, ExpertSlots | None] | None = None
         self._broken: asyncio.Queue[Broken] = asyncio.Queue()
 
     async def start(self) -> Started:
@@ -69,16 +70,18 @@ class Seat:
         if holder is not None:
             assert self._expert_loader is not None, "a holder can load experts"
             loop = asyncio.get_running_loop()
-            slots = await loop.run_in_executor(
-                None, self._expert_loader.load, plan.placement, holder
-            )
-        self._prepared = (plan.epoch, slots)
+            async with self._loading:
+                slots = await loop.run_in_executor(
+                    None, self._expert_loader.load, plan.placement, holder
+                )
+        if self._prepared is None or plan.epoch > self._prepared[0].epoch:
+            self._prepared = (plan, slots)
 
     async def commit(self, plan: UnitPlan) -> None:
         """Follow a plan that was prepared for, together with all others."""
-        epoch, slots = self._prepared
-        assert self._participant is not None and epoch == plan.epoch, "prepare comes first"
-        self._participant.commit(plan, slots)
+        if self._participant is None or self._prepared is None or self._prepared[0] != plan:
+            raise RuntimeError(f"{self.name} has not prepared for plan {plan.epoch}")
+        self._participant.commit(plan, self._prepared[1])
 
     async def next_break(self) -> Broken:
         """Returns when the group broke; fails when the process dies: both are for the leader."""

@@ -39,7 +39,7 @@ class PageTransfers:
 
     def listen_on(self, host: str) -> None:
         """Where other ranks reach this one; to be called before anything is asked for."""
-        self.fetcher.host = host
+        self.fetcher.host = self.source.host = host
 
     def submit(self, engine: Engine, request: Request, source: str) -> None:
         """Queue a request; if `source` names a rank, after its pages came from there."""

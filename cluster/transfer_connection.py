@@ -136,7 +136,14 @@ class Connection:
                 if kind == "ready":
                     m = self._meeting
                     group = Group(
-                        m.host, m.port, m.prefix, 0, 2, self._timeout_s, self._cache.device
+                        m.host,
+                        m.port,
+                        m.prefix,
+                        0,
+                        2,
+                        self._timeout_s,
+                        self._cache.device,
+                        address=m.host,
                     )
                 elif kind == "coming":
                     assert group is not None, "ready comes first"

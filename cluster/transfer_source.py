@@ -72,7 +72,10 @@ class PageSource:
     """One for a rank. `serve` runs in a thread of the gRPC server, once for each other end.
 
     post: runs a command in the engine's thread. timeout_s: how long an exchange may take.
+    host: this rank's address, for pages to be sent from.
     """
+
+    host = "127.0.0.1"
 
     def __init__(
         self,
@@ -168,7 +171,14 @@ class PageSource:
         try:
             yield FromSource(ready=True)
             group = Group(
-                pair.host, pair.port, pair.prefix, 1, 2, self._timeout_s, self._cache.device
+                pair.host,
+                pair.port,
+                pair.prefix,
+                1,
+                2,
+                self._timeout_s,
+                self._cache.device,
+                address=self.host,
             )
             nothing = torch.empty(0, self._cache.page_words, dtype=torch.int32).to(group.device)
             while (item := outgoing.get()) is not None:

@@ -91,6 +91,8 @@ class Unit:
         self._numbers = itertools.count()
         self._company = Company()
         self._plan: UnitPlan | None = None
+        # Expert ranks outlive their leader and follow larger epochs only: count from the clock.
+        self._epoch = time.time_ns() // 1_000_000
         self._why = "it starts"
         self._changed = asyncio.Event()
         self._rebalance = False
@@ -240,8 +242,9 @@ class Unit:
         try:
             while True:
                 broken = await hand.actor.next_break.remote()
-                self._company.broken_epoch = max(self._company.broken_epoch, broken.epoch)
-                self._changed.set()
+                if broken.epoch > self._company.broken_epoch:  # else it is late with old news
+                    self._company.broken_epoch = broken.epoch
+                    self._changed.set()
         except ray.exceptions.RayError as error:
             self._part(hand.member.name, _last_line(error))
 
@@ -320,9 +323,11 @@ class Unit:
             if not self._outdated():
                 continue
             patient = time.monotonic() - self._began < self._spec.start_patience_s
+            self._epoch += 1  # also of an attempt that fails: no two plans share a number
             plan = next_plan(
                 self._plan, self._company.present, self._wanted, self._load.rows,
                 rebalance=self._rebalance, complete=self._plan is None and patient,
+                epoch=self._epoch,
             )  # fmt: skip
             if isinstance(plan, str):
                 self._why = plan
@@ -345,20 +350,20 @@ class Unit:
         return any(taking_part[m.role] < wanted[m.role] for m in newcomers)
 
     async def _put_in_force(self, plan: UnitPlan) -> bool:
-        """Everybody prepares, then everybody commits; those who are to leave as well."""
-        old = self._plan
-        hands = self._company.hands
-        members = [hands[m.name] for m in plan.members if m.name in hands]
-        leaving = [hands[m.name] for m in old.members if m.name in hands] if old else []
-        crew = list({h.member.name: h for h in (*members, *leaving)}.values())
-        preparing = asyncio.ensure_future(_all(h.actor.prepare.remote(plan) for h in crew))
+        """Everybody prepares, then everybody commits: those who are to leave, and spares, as well.
+
+        Who cannot prepare is replaced.
+        """
+        crew = list(self._company.hands.values())
+        preparing = asyncio.ensure_future(self._prepared(plan, crew))
         change = asyncio.ensure_future(self._changed.wait())
         try:
             both: list[asyncio.Future[Any]] = [preparing, change]
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not preparing.done():  # somebody died or came meanwhile: plan again
                 return False
-            preparing.result()
+            if not preparing.result():
+                return False
             self._plan = plan
             self._rebalance = False
             await _all(h.actor.commit.remote(plan) for h in crew)
@@ -370,6 +375,20 @@ class Unit:
             preparing.cancel()
         log.info("epoch %d of %s: %s", plan.epoch, self._id, [m.name for m in plan.members])
         return True
+
+    async def _prepared(self, plan: UnitPlan, crew: list[Hand]) -> bool:
+        """Whether all could prepare. A process that could not, or not in time, is killed."""
+        limit = self._spec.rank.settings.load_timeout_s
+        outcomes = await asyncio.gather(
+            *(asyncio.wait_for(_of(h.actor.prepare.remote(plan)), limit) for h in crew),
+            return_exceptions=True,
+        )
+        for hand, outcome in zip(crew, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                why = f"it cannot prepare for plan {plan.epoch}: {_last_line(outcome)}"
+                self._kill(hand.actor)
+                self._part(hand.member.name, why)
+        return not any(isinstance(outcome, BaseException) for outcome in outcomes)
 
     async def _adopted(self, plan: UnitPlan | None) -> None:
         """Until all members follow the plan, or a newer one."""
@@ -385,6 +404,10 @@ def _all_on_one(wanted: Wanted) -> ExpertPlacement:
     """Where a lone rank has its experts."""
     experts = tuple(range(wanted.num_experts))
     return ExpertPlacement(0, dict.fromkeys(wanted.layers, experts), wanted.num_experts, (0,))
+
+
+async def _of(reference: Any) -> None:
+    await reference
 
 
 async def _all(references: Iterable[Any]) -> None:

@@ -28,7 +28,8 @@ def test_check_shows_memory_deployments_and_every_rank(capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("name", shipped_configs())
 def test_shipped_configs_pass(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = {"laptop": [], "cpu": ["--spec", "small"]}.get(name.split("-")[0], ["--spec", "671b"])
+    known: dict[str, list[str]] = {"laptop": [], "cpu": ["--spec", "small"]}
+    spec = known.get(name.split("-", maxsplit=1)[0], ["--spec", "671b"])
     main(["config", "check", name, *spec])
     assert f"{name} fits." in capsys.readouterr().out
 

@@ -18,7 +18,6 @@ from rayseek.cluster.request import Request, SamplingParams
 from rayseek.serve_app.answer import Answer, ChatDialect, Head
 from rayseek.serve_app.detokenize import TextStream
 from rayseek.serve_app.generation import Choice
-from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Control, Tokenizer
 from rayseek.serve_app.tool_calls import (
     CallArguments,
@@ -384,8 +383,8 @@ def cuts_of(length: int, random: Random, splits: int) -> list[list[int]]:
 
 
 def check_splits(
-    api: Any, tokenizer: Tokenizer, settings: ApiSettings, parts: list[Any],
-    options: dict[str, Any], random: Random, splits: int,
+    api: Any, tokenizer: Tokenizer, parts: list[Any], options: dict[str, Any], random: Random,
+    splits: int,
 ) -> int:  # fmt: skip
     """The message of every split is the one expected, streamed and whole. Returns the splits."""
     ids = ids_of(tokenizer, parts)
@@ -404,9 +403,7 @@ def check_splits(
         choice = Choice(0, 0, request, content, frozenset({tokenizer.eos_id}), parser)
         engine = api.ScriptedEngine(lambda r: api.deltas_of(r, ids, cuts))
         logprobs = options["logprobs"] is not None
-        return Answer(
-            Head("m", settings), ChatDialect(tokenizer), engine, [choice], logprobs=logprobs
-        )
+        return Answer(Head("m", "fp"), ChatDialect(tokenizer), engine, [choice], logprobs=logprobs)
 
     async def stream(cuts: list[int]) -> bytes:
         return b"".join([frame async for frame in answer(cuts).events()])
@@ -437,17 +434,15 @@ def check_splits(
 )
 @given(parts=OUTPUTS, options=OPTIONS, random=st.randoms(use_true_random=False))
 def test_every_split_of_every_output_gives_the_same_message(
-    api: Any, small: Tokenizer, settings: ApiSettings, parts: list[Any],
-    options: dict[str, Any], random: Random,
-) -> None:  # fmt: skip
-    check_splits(api, small, settings, parts, options, random, 8)
+    api: Any, small: Tokenizer, parts: list[Any], options: dict[str, Any], random: Random
+) -> None:
+    check_splits(api, small, parts, options, random, 8)
 
 
 @hypothesis_settings(FEW, max_examples=60)
 @given(parts=GOOD | mangled(), options=OPTIONS, random=st.randoms(use_true_random=False))
 def test_the_same_with_the_tokens_of_v3(
-    api: Any, v3: Tokenizer, settings: ApiSettings, parts: list[Any],
-    options: dict[str, Any], random: Random,
-) -> None:  # fmt: skip
+    api: Any, v3: Tokenizer, parts: list[Any], options: dict[str, Any], random: Random
+) -> None:
     parts = [p for p in parts if not isinstance(p, int)]
-    check_splits(api, v3, settings, parts, options, random, 4)
+    check_splits(api, v3, parts, options, random, 4)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayseek.cluster.engine import Engine, run_to_end
-from rayseek.cluster.next_token import adjust_logits
+from rayseek.cluster.next_token import edits
 from rayseek.cluster.request import Delta, FinishReason, Request, SamplingParams, Token
 from rayseek.cluster.sequence import Sequence
 from rayseek.cluster.speculation import (
@@ -27,6 +27,7 @@ from rayseek.cluster.speculation import (
     expected_tokens,
     interpolated,
 )
+from rayseek.kernels.sampler import apply_edit
 
 EngineMaker = Callable[..., Engine]
 
@@ -327,8 +328,9 @@ def test_a_place_behind_drafts_is_that_of_a_sequence_which_has_emitted_them(
         sure = Sequence.start(replace(request, emitted_ids=(*emitted, *drafts[:count])), 0).place
         assert place.draw() == sure.draw()
         one, other = logits.clone(), logits.clone()
-        adjust_logits(one, place)
-        adjust_logits(other, sure)
+        for changed, where in ((one, place), (other, sure)):
+            for edit in edits(where):
+                apply_edit(changed, edit)
         assert torch.equal(one, other)
 
 

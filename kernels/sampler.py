@@ -105,6 +105,8 @@ class NativeSampler:
         if logits_RV.stride(-1) != 1 or logits_RV.dtype is not torch.float32:
             logits_RV = logits_RV.float().contiguous()
         count, vocab = logits_RV.shape
+        if count != len(rows):
+            raise ValueError(f"{count} rows of logits for {len(rows)} draws")
         held: list[object] = []  # what the packed addresses point into
         packed = bytearray()
         most = 0

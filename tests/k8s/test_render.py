@@ -148,7 +148,7 @@ def test_the_image_has_the_versions_and_programs_that_the_manifests_rely_on() ->
         assert re.search(rf"\s{re.escape(program)}\s", dockerfile)
     assert "USER 1000:1000" in dockerfile and "PYTHONDONTWRITEBYTECODE" not in dockerfile
     smoke = load_config("cpu-smoke")
-    assert f"make-model {smoke.model.path}" in dockerfile
+    assert f"mv model/small {smoke.model.path}" in dockerfile
     for file in (ROOT / "k8s/components").rglob("*.yaml"):
         for found in re.findall(r"image: (\S*/rayseek:\S+)", file.read_text()):
             assert found == image, file

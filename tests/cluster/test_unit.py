@@ -117,6 +117,7 @@ class Company(Unit):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for actor in self.actors.values():
             await actor.die()
+        await asyncio.gather(*self.killed)  # else the loop's end may cancel what has not begun
         for hand in self._company.hands.values():
             if hand.watch is not None:
                 hand.watch.cancel()

@@ -108,10 +108,9 @@ def sample(logits_RV: Tensor, draws: list[Draw]) -> list[int]:
     if noisy:
         rows = logits_RV if len(noisy) == len(draws) else logits_RV[noisy]
         rows = rows / torch.tensor([[draws[r].temperature] for r in noisy])
-        for row, r in zip(rows, noisy, strict=True):
-            if draws[r].filtered:
-                d = draws[r]
-                row.masked_fill_(~keep_mask(row, d.top_k, d.top_p, d.min_p), -torch.inf)
+        for i, r in enumerate(noisy):
+            if (d := draws[r]).filtered:
+                rows[i].masked_fill_(~keep_mask(rows[i], d.top_k, d.top_p, d.min_p), -torch.inf)
         rows += gumbel_noise(
             [noise_key(draws[r].seed, draws[r].position) for r in noisy], rows.shape[1]
         )

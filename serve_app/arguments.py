@@ -191,6 +191,9 @@ def _add_corpus(corpus: argparse.ArgumentParser) -> None:
     corpus.add_argument(
         "--tokenizer", type=Path, help="folder of its files; default: learn one, kept in FOLDER"
     )
+    corpus.add_argument(
+        "--weights", default="", help="of tasks, as sort=12,tools=7; a task not named keeps its own"
+    )
 
 
 def _add_eval(command: argparse.ArgumentParser) -> None:

@@ -181,13 +181,14 @@ def make_model(arguments: argparse.Namespace) -> None:
 def make_corpus(arguments: argparse.Namespace) -> None:
     from rayseek.model.maker import SMALL
     from rayseek.serve_app.corpus import make_corpus, make_tokenizer
-    from rayseek.serve_app.tasks.catalogue import CATALOGUE
+    from rayseek.serve_app.tasks.catalogue import CATALOGUE, weighted
 
+    tasks = weighted(arguments.weights)
     folder, seed, tokens = arguments.folder, arguments.seed, int(arguments.shard_tokens)
     if arguments.tokenizer is None:
         make_tokenizer(folder, CATALOGUE, SMALL.vocab_size)
     shards = max(1, round(arguments.tokens / tokens))
-    make_corpus(folder, arguments.tokenizer or folder, CATALOGUE, tokens, shards, seed,
+    make_corpus(folder, arguments.tokenizer or folder, tasks, tokens, shards, seed,
                 arguments.chinese, arguments.longest,
                 "held-out" if arguments.held_out else "train")  # fmt: skip
     print(f"wrote {shards} shards and corpus.json to {folder}")

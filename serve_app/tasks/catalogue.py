@@ -5,6 +5,8 @@ for example in questions(task("arithmetic"), "en", count=20): ...
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rayseek.serve_app.tasks import (
     arithmetic,
     chat,
@@ -57,3 +59,22 @@ def task(name: str) -> Task:
     if name not in _BY_NAME:
         raise KeyError(f"no task {name!r}; there are {', '.join(_BY_NAME)}")
     return _BY_NAME[name]
+
+
+def weighted(text: str) -> tuple[Task, ...]:
+    """All tasks with the weights of a text such as "sort=12,tools=7"; others keep their own.
+
+    Raises ValueError for a name that is no task or a weight that is no positive number.
+    """
+    weights: dict[str, float] = {}
+    for part in filter(None, text.split(",")):
+        name, _, weight = part.partition("=")
+        try:
+            weights[task(name).name] = float(weight)
+        except KeyError as why:
+            raise ValueError(why.args[0]) from None
+        except ValueError:
+            raise ValueError(f"{part!r} is not TASK=WEIGHT, as sort=12") from None
+        if not 0 < weights[name] < float("inf"):
+            raise ValueError(f"the weight of {name} must be a positive number, not {weight}")
+    return tuple(replace(entry, weight=weights.get(entry.name, entry.weight)) for entry in CATALOGUE)

@@ -27,6 +27,7 @@ NUMBER_WORDS: Mapping[Language, Sequence[str]] = {
 }
 _VALUES = {word: value for words in NUMBER_WORDS.values() for value, word in enumerate(words)}
 _VALUES["两"] = 2
+_YES_OR_NO = re.compile(r"(?P<no>no\b|不|没)|yes\b|[是在有对]")
 _NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(NUMBER_WORDS['en'])})\b|[零两一二三四五六七八九十]+")
 
 
@@ -89,9 +90,8 @@ def says_yes(right: bool) -> Judge:
     """The answer begins with yes or no (是, 在, 有 or 不, 没), as is right."""
 
     def judge(answer: Answer) -> bool:
-        start = answer.text.strip().lower()
-        no = start.startswith(("no", "不", "没"))
-        return no != right and (no or start.startswith(("yes", "是", "在", "有", "对")))
+        start = _YES_OR_NO.match(answer.text.strip().lower())
+        return start is not None and (start["no"] is None) == right
 
     return judge
 

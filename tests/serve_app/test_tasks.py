@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from rayseek.serve_app.tasks import arithmetic, dates, fim, functions, judging, running
-from rayseek.serve_app.tasks.catalogue import CATALOGUE, task
+from rayseek.serve_app.tasks.catalogue import CATALOGUE, task, weighted
 from rayseek.serve_app.tasks.example import (
     Answer,
     Call,
@@ -269,6 +269,8 @@ YES, NO = True, False
         (judging.chooses("7", ["7", "70"]), "The largest number is 70.", NO),
         (judging.says_yes(True), "Yes, it is.", YES),
         (judging.says_yes(True), "不是。", NO),
+        (judging.says_yes(False), "Nothing is known of it.", NO),
+        (judging.says_yes(True), "Yesterday.", NO),
         (judging.says_yes(False), "不是，1999年不是闰年。", YES),
         (judging.says_text("RED CAT"), 'Sure: "RED CAT".', YES),
         (judging.says_text("RED CAT"), "Red Cat", NO),
@@ -291,3 +293,15 @@ def test_the_operands_cover_two_digits() -> None:
     assert any(key.endswith("-99") for key in keys)
     share = sum("×" not in key for key in keys) / len(keys)
     assert share > 0.9
+
+
+def test_weights_of_a_mixture() -> None:
+    chosen = {entry.name: entry.weight for entry in weighted("sort=12.5,tools=7")}
+    assert chosen == {e.name: e.weight for e in CATALOGUE} | {"sort": 12.5, "tools": 7.0}
+    assert weighted("") == CATALOGUE
+
+
+@pytest.mark.parametrize("text", ["sorting=1", "sort", "sort=much", "sort=0", "sort=nan"])
+def test_wrong_weights(text: str) -> None:
+    with pytest.raises(ValueError, match="sort"):
+        weighted(text)

@@ -77,4 +77,4 @@ def weighted(text: str) -> tuple[Task, ...]:
             raise ValueError(f"{part!r} is not TASK=WEIGHT, as sort=12") from None
         if not 0 < weights[name] < float("inf"):
             raise ValueError(f"the weight of {name} must be a positive number, not {weight}")
-    return tuple(replace(entry, weight=weights.get(entry.name, entry.weight)) for entry in CATALOGUE)
+    return tuple(replace(one, weight=weights.get(one.name, one.weight)) for one in CATALOGUE)

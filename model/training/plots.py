@@ -22,8 +22,8 @@ def plot_run(folder: Path, path: Path) -> None:
     for axes, kind in ((loss, ""), (mtp, "mtp_")):
         axes.set(title=f"{'MTP loss' if kind else 'Loss'} of a weighted token", yscale="log")
         for label, name in (("training", kind), ("held out, answers only", f"held_out_{kind}")):
-            marker = "." if "held" in name else ""
-            axes.plot(*_series(records, f"{name}loss"), marker, ls="-", label=label)
+            style = ".-" if "held" in name else "-"
+            axes.plot(*_series(records, f"{name}loss"), style, label=label)
     _violations(balance, records, "Busiest expert above the mean load (MaxVio)")
     drafts.set(title="Drafts that are the main model's own choice, held out", ylim=(0, 1))
     drafts.plot(*_series(records, "acceptance"), ".-", label="acceptance")

@@ -19,6 +19,7 @@ from typing import TypeAlias
 import grpc
 import grpc.aio
 
+from rayseek.cluster.credentials import credentials
 from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused, Token
 from rayseek.cluster.tokens_pb2 import Frame, Load, ToRank, Update
 from rayseek.cluster.wire import METHOD, SERVICE, delta_of, plain_token, submit_message
@@ -128,7 +129,7 @@ class RankChannel:
             f"/{SERVICE}/{METHOD}",
             request_serializer=ToRank.SerializeToString,
             response_deserializer=Frame.FromString,
-        )(self._write())
+        )(self._write(), metadata=credentials())
         try:
             async for frame in call:
                 if not self.alive:

@@ -24,6 +24,7 @@ import grpc
 
 from rayseek.cluster.agreement import Closed
 from rayseek.cluster.config import TransferSettings
+from rayseek.cluster.credentials import Gate
 from rayseek.cluster.plan import Pulse
 from rayseek.cluster.precedence import take_precedence
 from rayseek.cluster.request import Delta, Request, RequestRefused, Token
@@ -226,7 +227,7 @@ class RankServer:
         self._stream_numbers = itertools.count()  # `next` is atomic: streams open in threads
         self.engine_loop = EngineLoop(engine, self._deliver, participant, transfer)
         self._pool = ThreadPoolExecutor(MAX_STREAMS, "token-channel")
-        self._server = grpc.server(self._pool)
+        self._server = grpc.server(self._pool, interceptors=[Gate()])
         self._server.add_generic_rpc_handlers(
             (
                 grpc.method_handlers_generic_handler(

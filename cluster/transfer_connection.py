@@ -20,6 +20,7 @@ import grpc
 import torch
 from torch import Tensor
 
+from rayseek.cluster.credentials import credentials
 from rayseek.cluster.dispatch import CHANNEL_OPTIONS
 from rayseek.cluster.group import ExchangeBroken, Group
 from rayseek.cluster.precedence import give_way
@@ -98,7 +99,7 @@ class Connection:
             f"/{SERVICE}/{FETCH}",
             request_serializer=ToSource.SerializeToString,
             response_deserializer=FromSource.FromString,
-        )(iter(self._outgoing.get, None))
+        )(iter(self._outgoing.get, None), metadata=credentials())
         self._thread = threading.Thread(target=self._run, name=f"fetch-{source}", daemon=True)
         self._thread.start()
 

@@ -29,6 +29,14 @@ from rayseek.model.vocabulary import undefined_ids
 torch.set_num_threads(1)
 settings.register_profile("long", max_examples=2000)  # pytest --hypothesis-profile long
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="random requests as many as are promised, not a few"
+    )
+    parser.addoption("--seed", type=int, default=0, help="of the random requests of whole units")
+
+
 TINY = replace(
     SMALL, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,
     num_attention_heads=2, q_lora_rank=32, kv_lora_rank=64, qk_nope_head_dim=16,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from rayseek.cluster.engine import Engine
 from rayseek.cluster.metrics import NoMeter
 from rayseek.cluster.plan import Wanted
 from rayseek.cluster.rank import ExpertRank, Rank, Seat, Started
+from rayseek.cluster.rank_server import RankServer
 from rayseek.cluster.request import Request, Token
 from rayseek.cluster.spec import RankSpec, UnitSpec
 from rayseek.cluster.speculation import Choice
@@ -74,18 +76,27 @@ class DraftingRank(Rank):
 
     def __init__(self, name: str, spec: RankSpec, drafts: int | None) -> None:
         super().__init__(name, spec)
-        self._drafts = drafts
+        self._drafts, self.has_started = drafts, False
 
     async def start(self) -> Started:
         started = await super().start()
         if self._drafts is not None:
             chosen = Choice(self._drafts)
             self.engine._depth_policy = lambda *_: chosen
+        self.has_started = True
         return started
+
+    @property
+    def server(self) -> RankServer:
+        return self._server
 
     @property
     def engine(self) -> Engine:
         return self._server.engine_loop._engine
+
+    @property
+    def transferred_pages(self) -> int:
+        return self._server.engine_loop.transfers.counters.so_far.pages
 
 
 class Company(Unit):
@@ -117,8 +128,13 @@ class Company(Unit):
     @property
     def ranks(self) -> list[DraftingRank]:
         """The attention ranks that live."""
-        alive = [actor.seat for actor in self.actors.values() if not actor.dead.is_set()]
-        return [seat for seat in alive if isinstance(seat, DraftingRank)]
+        return [rank for rank in self.all_ranks if not self.actors[rank.name].dead.is_set()]
+
+    @property
+    def all_ranks(self) -> list[DraftingRank]:
+        """Of those that have started, the dead included."""
+        seats = [actor.seat for actor in self.actors.values()]
+        return [s for s in seats if isinstance(s, DraftingRank) and s.has_started]
 
     async def kill(self, role: str, random: Random) -> None:
         alive = [a for a in self.actors.values() if a.seat.role == role and not a.dead.is_set()]
@@ -213,3 +229,27 @@ async def answers(
     async with dispatcher(company, prefill) as to, asyncio.timeout(60):
         found = await asyncio.gather(*(answer(to, request) for request in asked))
     return {request.id: tokens for request, tokens in zip(asked, found, strict=True)}
+
+
+def in_engine(server: RankServer, look: Callable[[Engine], Any]) -> Any:
+    """What `look` says in the engine's thread."""
+    answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    server.engine_loop._put(lambda engine: answer.put(look(engine)))
+    return answer.get(timeout=5)
+
+
+def is_idle(server: RankServer) -> bool:
+    """Whether it runs nothing, and holds no page. Call it in a thread of its own."""
+    transfers = server.engine_loop.transfers
+
+    def look(engine: Engine) -> bool:
+        engine.pool.check()
+        return (
+            not engine.busy
+            and engine.load.waiting == 0
+            and engine.pool.available == engine.pool.num_pages
+            and not transfers.fetcher._fetches
+            and not transfers.source._wanted
+        )
+
+    return bool(in_engine(server, look))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -28,6 +27,7 @@ from rayseek.cluster.transfer_counters import Transfers
 from rayseek.cluster.transfer_source import PageSource
 from rayseek.model.batch import PAGE_TOKENS
 from rayseek.model.latent_cache import checksums
+from tests.cluster.company import in_engine, is_idle
 
 EngineMaker = Callable[..., Engine]
 FEW = settings(
@@ -182,29 +182,6 @@ class Split:
             async with asyncio.timeout(5):
                 while not await asyncio.to_thread(is_idle, server):
                     await asyncio.sleep(0.02)
-
-
-def in_engine(server: RankServer, look: Callable[[Engine], Any]) -> Any:
-    """What `look` says in the engine's thread."""
-    answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    server.engine_loop._put(lambda engine: answer.put(look(engine)))
-    return answer.get(timeout=5)
-
-
-def is_idle(server: RankServer) -> bool:
-    transfers = server.engine_loop.transfers
-
-    def look(engine: Engine) -> bool:
-        engine.pool.check()
-        return (
-            not engine.busy
-            and engine.load.waiting == 0
-            and engine.pool.available == engine.pool.num_pages
-            and not transfers.fetcher._fetches
-            and not transfers.source._wanted
-        )
-
-    return bool(in_engine(server, look))
 
 
 def counted(server: RankServer) -> Transfers:

@@ -17,7 +17,7 @@ from rayseek.cluster.pages import pages_for
 from rayseek.cluster.request import Request, SamplingParams
 from rayseek.cluster.scheduler import Limits
 from rayseek.cluster.speculation import Choice
-from rayseek.kernels.ops import Ops
+from rayseek.kernels.select import Choice as Kernels
 from rayseek.kernels.select import Device, choose_ops, device_for
 from rayseek.model.training.assess import Text, assess, load_model, read_texts
 from rayseek.model.training.report import readable
@@ -42,17 +42,19 @@ class Drafting:
 
 
 def measure_drafts(
-    checkpoint: Path, prompts: Iterable[list[int]], ops: Ops, device: Device
+    checkpoint: Path, prompts: Iterable[list[int]], kernels: Kernels, device: Device
 ) -> Drafting:
     """Answer every prompt at temperature 0, always drafting the token after the next."""
     todo = list(prompts)
     context = max(map(len, todo)) + ANSWER_TOKENS
     pages = STEP.max_batch * pages_for(context)
-    model = load_model(checkpoint, ops, device, pages, context)
+    model = load_model(checkpoint, kernels.ops, device, pages, context)
     config = model.transformer.config
     undefined = undefined_ids(checkpoint, config.vocab_size)
     limits = EngineLimits(pages, context, len(todo), STEP, draft_tokens=1)
-    engine = Engine(model, limits, undefined, depth_policy=lambda *_: Choice(1))
+    engine = Engine(
+        model, limits, undefined, depth_policy=lambda *_: Choice(1), sampler=kernels.sampler
+    )
     greedy = SamplingParams(ANSWER_TOKENS, 0.0, stop_token_ids=(config.eos_token_id,))
     for number, prompt in enumerate(todo):
         engine.submit(Request(str(number), tuple(prompt), greedy))
@@ -75,11 +77,11 @@ def evaluate_run(config: RunConfig, folder: Path, checkpoints: list[Path], count
         raise ValueError("the config has no data.held_out to evaluate on")
     texts = [text for text in read_texts(config.data.held_out) if len(text.ids) > 1][:count]
     device = device_for()
-    ops = choose_ops(device).ops
+    kernels = choose_ops(device)
     path = folder / "evaluation.json"
     found = json.loads(path.read_text("utf-8")) if path.exists() else {}
     for checkpoint in checkpoints:
-        results = evaluate_checkpoint(checkpoint, texts, ops, device)
+        results = evaluate_checkpoint(checkpoint, texts, kernels, device)
         print(f"{checkpoint.name}: {readable(results)}", flush=True)
         found[checkpoint.name] = results
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,10 +89,10 @@ def evaluate_run(config: RunConfig, folder: Path, checkpoints: list[Path], count
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, texts: list[Text], ops: Ops, device: Device
+    checkpoint: Path, texts: list[Text], kernels: Kernels, device: Device
 ) -> dict[str, Any]:
     """The fields of `Assessment` and of `Drafting`, and the acceptance."""
-    assessment = assess(checkpoint, texts, ops, device)
+    assessment = assess(checkpoint, texts, kernels.ops, device)
     prompts = [text.prompt for text in texts if 0 < len(text.prompt) < len(text.ids)]
-    drafting = measure_drafts(checkpoint, prompts, ops, device)
+    drafting = measure_drafts(checkpoint, prompts, kernels, device)
     return asdict(assessment) | asdict(drafting) | {"acceptance": drafting.acceptance}

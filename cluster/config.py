@@ -184,6 +184,13 @@ class IngressSettings(Section):
     )  # streams live this long through reloads and updates
 
 
+class TraceSettings(Section):
+    """OpenTelemetry spans of requests (cluster/traces.py)."""
+
+    # a collector's, OTLP over HTTP; None: the environment's OTEL_EXPORTER_OTLP_ENDPOINT, if any
+    endpoint: str | None = Field(default=None, pattern=r"^https?://\S+$")
+
+
 class Config(Section):
     """Everything `rayseek serve` can be told."""
 
@@ -197,6 +204,7 @@ class Config(Section):
     api: ApiSettings = ApiSettings()
     pages: PageSettings = PageSettings()
     ingress: IngressSettings = IngressSettings()
+    traces: TraceSettings = TraceSettings()
     autoscaling: AutoscalingSettings = AutoscalingSettings()
     kubernetes: KubernetesSettings = KubernetesSettings()
 

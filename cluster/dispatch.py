@@ -22,6 +22,7 @@ import grpc.aio
 from rayseek.cluster.credentials import credentials
 from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused, Token
 from rayseek.cluster.tokens_pb2 import Frame, Load, ToRank, Update
+from rayseek.cluster.traces import record
 from rayseek.cluster.wire import METHOD, SERVICE, delta_of, plain_token, submit_message
 
 log = logging.getLogger("rayseek.dispatch")
@@ -224,6 +225,8 @@ class Dispatcher:
             except RankLost:
                 entry.deaths += 1
                 self.moved += 1
+                now = time.monotonic()
+                record("lost its rank", request.trace, now, now, rayseek__rank=channel.address.name)
                 log.warning("request %s moves on after %d tokens", request.id, len(entry.emitted))
                 if entry.deaths >= MAX_DEATHS:
                     yield entry.record(

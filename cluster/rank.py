@@ -9,17 +9,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import ray
 
+from rayseek.cluster.config import ExchangeSettings
 from rayseek.cluster.dispatch import RankAddress
 from rayseek.cluster.logs import start_logging
 from rayseek.cluster.plan import Member, Pulse, Role, UnitPlan
 from rayseek.cluster.precedence import take_precedence
 from rayseek.cluster.rank_server import RankServer
 from rayseek.cluster.spec import RankSpec
+from rayseek.cluster.traces import start_tracing
 
 if TYPE_CHECKING:  # torch: in these processes, not in the leader's
     from rayseek.cluster.build_unit import ExpertLoader
@@ -28,13 +31,22 @@ if TYPE_CHECKING:  # torch: in these processes, not in the leader's
 
 log = logging.getLogger("rayseek.rank")
 
+BOND_S = 3.0  # without a pulse, and without a group: its leader is dead
+
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A process that is ready for a plan. `address`: of an attention rank's token channel."""
+    """A process that is ready for a plan. `address`: of an attention rank's token channel.
+    fingerprint: of what it computes with (model/fingerprint.py)."""
 
     member: Member
     address: RankAddress | None
+    fingerprint: str
+    exchange: ExchangeSettings
+
+
+class Elsewhere(Exception):
+    """A leader orders an expert rank that works for another unit."""
 
 
 class Seat:
@@ -44,12 +56,14 @@ class Seat:
 
     def __init__(self, name: str, spec: RankSpec) -> None:
         start_logging(name)
+        start_tracing(name)
         self.name, self._spec = name, spec
         self._participant: Participant | None = None
         self._expert_loader: ExpertLoader | None = None
         self._loading = asyncio.Lock()  # one load at a time, also of plans that are given up
         self._prepared: tuple[UnitPlan, ExpertSlots | None] | None = None
         self._broken: asyncio.Queue[Broken] = asyncio.Queue()
+        self._fingerprint = ""
 
     async def start(self) -> Started:
         """Load what does not depend on a plan, and listen."""
@@ -62,10 +76,12 @@ class Seat:
         address = await loop.run_in_executor(None, self._load, host, on_broken)
         port = self._participant.store_port if self._participant else 0
         node = self._spec.node or ray.get_runtime_context().get_node_id()
-        return Started(Member(self.name, self.role, node, f"{host}:{port}"), address)
+        member = Member(self.name, self.role, node, f"{host}:{port}")
+        return Started(member, address, self._fingerprint, self._spec.exchange)
 
-    async def prepare(self, plan: UnitPlan) -> None:
-        """Load the expert slots that a plan gives us, beside those in use."""
+    async def prepare(self, plan: UnitPlan, unit: str | None = None) -> None:
+        """Load the expert slots that a plan of this unit gives us, beside those in use."""
+        self._obey(unit)
         holder, slots = plan.holder_of(self.name), None
         if holder is not None:
             assert self._expert_loader is not None, "a holder can load experts"
@@ -91,9 +107,16 @@ class Seat:
         """Never returns: its failure is how the owner of this process learns of its death."""
         await asyncio.Event().wait()
 
-    async def pulse(self) -> Pulse:
-        """What this process is at; raises RuntimeError when it can not go on."""
+    async def pulse(self, unit: str | None = None) -> Pulse:
+        """What this process is at; raises RuntimeError when it can not go on. unit: that asks."""
         raise NotImplementedError
+
+    async def epoch(self) -> int:
+        """Of the group that this process is in; -1: in none."""
+        return self._participant.pulse.epoch if self._participant else 0
+
+    def _obey(self, unit: str | None) -> None:
+        """Raises Elsewhere if this unit has nothing to say here."""
 
     def stop(self) -> None:
         """End every thread. (A process that is killed needs none of this.)"""
@@ -117,6 +140,7 @@ class Rank(Seat):
         engine, self._participant, self._expert_loader = build_rank(
             self.name, self._spec, host, on_broken, self._tally
         )
+        self._fingerprint = engine.fingerprint
         self._server = RankServer(engine, self._participant, self._spec.transfer)
         port = self._server.start(host)
         return RankAddress(self.name, f"{host}:{port}")
@@ -124,7 +148,11 @@ class Rank(Seat):
     def stop(self) -> None:
         self._server.stop()
 
-    async def pulse(self) -> Pulse:
+    async def retire(self) -> None:
+        """Give every request back to its ingress, which continues it elsewhere, and take none."""
+        self._server.retire()
+
+    async def pulse(self, unit: str | None = None) -> Pulse:
         if not self._server.engine_loop.alive:
             raise RuntimeError("the engine's thread has died; this rank's log says of what")
         pulse = self._server.engine_loop.pulse
@@ -135,13 +163,51 @@ class Rank(Seat):
 
 
 class ExpertRank(Seat):
-    """An expert rank: nothing but expert slots, for the tokens of the attention ranks."""
+    """An expert rank: nothing but expert slots, for the tokens of the attention ranks.
+
+    It works for one unit at a time and knows itself which: whatever leaders and replicas of
+    `Experts` believe after a long stall, two units never share it.
+    """
 
     role = "expert"
 
-    def _load(self, host: str, on_broken: OnBroken) -> RankAddress | None:
-        from rayseek.cluster.build_unit import build_expert_rank
+    def __init__(self, name: str, spec: RankSpec) -> None:
+        super().__init__(name, spec)
+        self._unit: str | None = None
+        self._heard = 0.0  # from its leader; time.monotonic()
 
+    async def works_for(self) -> str | None:
+        """The unit that has it. None: nobody, or one whose leader and group are gone."""
+        if time.monotonic() - self._heard > BOND_S and await self.epoch() < 0:
+            self._unit = None
+        return self._unit
+
+    async def engage(self, unit: str) -> int:
+        """Work for this unit. Returns the newest epoch known here: only later plans will be
+        followed. Raises Elsewhere if another unit has it."""
+        if await self.works_for() not in (None, unit):
+            self._obey(unit)
+        if unit != self._unit:
+            self._prepared = None  # for another
+        self._unit, self._heard = unit, time.monotonic()
+        return self._participant.newest_epoch if self._participant else -1
+
+    async def dismiss(self, unit: str) -> None:
+        """This unit needs it no more."""
+        if self._unit == unit:
+            self._unit = None
+
+    def _obey(self, unit: str | None) -> None:
+        if unit is None:
+            return
+        if unit != self._unit:
+            raise Elsewhere(f"{self.name} works for {self._unit or 'nobody'}, not for {unit}")
+        self._heard = time.monotonic()
+
+    def _load(self, host: str, on_broken: OnBroken) -> RankAddress | None:
+        from rayseek.cluster.build_unit import build_expert_rank, fingerprint_of
+
+        self._fingerprint = fingerprint_of(self._spec)
         self._participant, self._expert_loader = build_expert_rank(
             self.name, self._spec, host, on_broken
         )
@@ -161,7 +227,8 @@ class ExpertRank(Seat):
             self._participant.close()
             self._thread.join()
 
-    async def pulse(self) -> Pulse:
+    async def pulse(self, unit: str | None = None) -> Pulse:
+        self._obey(unit)
         if not self._thread.is_alive():
             raise RuntimeError("the experts' thread has died; this rank's log says of what")
         assert self._participant is not None

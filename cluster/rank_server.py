@@ -27,9 +27,10 @@ from rayseek.cluster.config import TransferSettings
 from rayseek.cluster.credentials import Gate
 from rayseek.cluster.plan import Pulse
 from rayseek.cluster.precedence import take_precedence
-from rayseek.cluster.request import Delta, Request, RequestRefused, Token
+from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused, Token
 from rayseek.cluster.tokens_pb2 import Frame, FromSource, ToRank, ToSource, Update
 from rayseek.cluster.tokens_pb2 import Load as LoadMessage
+from rayseek.cluster.traces import record
 from rayseek.cluster.wire import (
     FETCH,
     METHOD,
@@ -68,6 +69,18 @@ class Listener:
     stream: Stream
     handle: int
     told: bool = False
+    trace: str = ""  # of the request, and since when it is here
+    began: float = field(default_factory=time.monotonic)
+    first: float | None = None  # when its first token was made
+
+    def ended(self, delta: Delta | None = None) -> None:
+        """Tell its trace what it waited for here. delta: the last; None: it is not wanted more."""
+        if self.trace:
+            now = time.monotonic()
+            record("prefill", self.trace, self.began, self.first or now)
+            if self.first:
+                finish = delta.finish if delta and delta.finish else FinishReason.CANCELLED
+                record("decode", self.trace, self.first, now, rayseek__finish=finish.value)
 
 
 Deliver: TypeAlias = Callable[[dict[Stream, Outbox], bool], None]
@@ -104,10 +117,12 @@ class EngineLoop:
     def submit(self, stream: Stream, handle: int, request: Request, source: str = "") -> None:
         """source: host:port of a rank that may prefill it."""
 
+        listener = Listener(stream, handle, trace=request.trace)
+
         def command(engine: Engine) -> None:
             try:
                 self.transfers.submit(engine, request, source)
-                self._listeners[request.id] = Listener(stream, handle)
+                self._listeners[request.id] = listener
             except RequestRefused as refusal:
                 self._outboxes[stream].updates.append(refusal_message(handle, refusal))
             except Exception as error:  # nothing a request contains may stop the loop
@@ -120,7 +135,8 @@ class EngineLoop:
     def cancel(self, request_id: str) -> None:
         def command(engine: Engine) -> None:
             self.transfers.cancel(engine, request_id)
-            self._listeners.pop(request_id, None)
+            if listener := self._listeners.pop(request_id, None):
+                listener.ended()
 
         self._put(command)
 
@@ -203,8 +219,11 @@ class EngineLoop:
             return
         outbox.updates.append(update_message(listener.handle, delta))
         listener.told = True
+        if listener.first is None:
+            listener.first = time.monotonic()
         if delta.finish is not None:
             del self._listeners[delta.request_id]
+            listener.ended(delta)
 
     def _hand_over(self) -> None:
         self._load = self._engine.load

@@ -61,6 +61,7 @@ class Request:
     priority: int = 0  # lower runs first
     emitted_ids: tuple[int, ...] = ()
     grammar: str = ""  # what the answer must match (cluster/grammar.py); "": anything
+    trace: str = ""  # W3C traceparent of the span that it is part of (traces.py); "": none
 
 
 @dataclass(frozen=True, slots=True)

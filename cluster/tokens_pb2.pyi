@@ -31,7 +31,7 @@ class ToRank(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "prompt_ids", "emitted_ids", "sampling", "cache_salt", "priority", "grammar", "source")
+    __slots__ = ("handle", "prompt_ids", "emitted_ids", "sampling", "cache_salt", "priority", "grammar", "source", "trace")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     EMITTED_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,7 @@ class Submit(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     handle: int
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     emitted_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -48,7 +49,8 @@ class Submit(_message.Message):
     priority: int
     grammar: str
     source: str
-    def __init__(self, handle: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., emitted_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., grammar: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
+    trace: str
+    def __init__(self, handle: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., emitted_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., grammar: _Optional[str] = ..., source: _Optional[str] = ..., trace: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty", "bias_ids", "biases", "seed", "stop_token_ids", "min_tokens", "logprobs", "banned_ids")
@@ -157,18 +159,20 @@ class Pair(_message.Message):
     def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ..., prefix: _Optional[str] = ..., fingerprint: _Optional[str] = ..., page_words: _Optional[int] = ...) -> None: ...
 
 class Want(_message.Message):
-    __slots__ = ("handle", "ids", "cache_salt", "priority", "first_page")
+    __slots__ = ("handle", "ids", "cache_salt", "priority", "first_page", "trace")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     FIRST_PAGE_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     handle: int
     ids: _containers.RepeatedScalarFieldContainer[int]
     cache_salt: str
     priority: int
     first_page: int
-    def __init__(self, handle: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., first_page: _Optional[int] = ...) -> None: ...
+    trace: str
+    def __init__(self, handle: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., first_page: _Optional[int] = ..., trace: _Optional[str] = ...) -> None: ...
 
 class Again(_message.Message):
     __slots__ = ("handle", "page")

@@ -115,6 +115,7 @@ class Connection:
                     cache_salt=sequence.request.cache_salt,
                     priority=sequence.request.priority,
                     first_page=len(fetch.local),
+                    trace=sequence.request.trace,
                 )
             )
         )

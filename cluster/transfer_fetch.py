@@ -22,6 +22,7 @@ from rayseek.cluster.group import open_store
 from rayseek.cluster.precedence import give_way
 from rayseek.cluster.request import Request
 from rayseek.cluster.tokens_pb2 import Pair
+from rayseek.cluster.traces import record
 from rayseek.cluster.transfer_connection import Connection, Fetch
 from rayseek.cluster.transfer_counters import TransferCounters
 from rayseek.model.batch import PAGE_TOKENS
@@ -172,6 +173,10 @@ class PageFetcher:
             )  # fmt: skip
         else:
             self.counters.add(fetched=1)
+        record(
+            "fetch", prompt.request.trace, fetch.asked, time.monotonic(), rayseek__pages=usable,
+            rayseek__source=fetch.source, rayseek__problem=problem,
+        )  # fmt: skip
         engine.unpark(fetch.key)  # a step follows, and after it others have their turn
 
     def _end(self, engine: Engine, fetch: Fetch) -> int:

@@ -11,6 +11,7 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -23,6 +24,7 @@ from rayseek.cluster.group import ExchangeBroken, Group
 from rayseek.cluster.request import Delta, Request, RequestRefused, SamplingParams
 from rayseek.cluster.sequence import Sequence
 from rayseek.cluster.tokens_pb2 import Again, Coming, Failed, FromSource, Pair, ToSource, Want
+from rayseek.cluster.traces import record
 from rayseek.cluster.transfer_counters import TransferCounters
 from rayseek.model.batch import PAGE_TOKENS
 from rayseek.model.latent_cache import LatentCache, checksums
@@ -47,6 +49,7 @@ class _Wanted:
     first_page: int
     sequence: Sequence
     outgoing: queue.SimpleQueue[_Pages | Failed | None]
+    began: float = field(default_factory=time.monotonic)
     found: int = 0
     held: list[int] = field(default_factory=list)
     left: bool = False
@@ -109,8 +112,9 @@ class PageSource:
 
     def _begin(self, engine: Engine, name: str, outgoing: Any, want: Want) -> None:
         request = Request(
-            name, tuple(want.ids), SamplingParams(max_tokens=0), want.cache_salt, want.priority
-        )
+            name, tuple(want.ids), SamplingParams(max_tokens=0), want.cache_salt, want.priority,
+            trace=want.trace,
+        )  # fmt: skip
         try:
             sequence = engine.park(request)
         except RequestRefused as refusal:
@@ -135,6 +139,11 @@ class PageSource:
             batch = fresh[i : i + step]
             wanted.outgoing.put(_Pages(wanted, first + i, batch, wanted.cached_tokens))
         if wanted.found == len(chain):
+            record(
+                "prefill for another rank", wanted.sequence.request.trace, wanted.began,
+                time.monotonic(), rayseek__pages=len(chain),
+                rayseek__cached_tokens=wanted.cached_tokens,
+            )  # fmt: skip
             engine.cancel(wanted.sequence.request.id)  # others may have computed it for us
 
     def _again(self, name: str, again: Again) -> None:

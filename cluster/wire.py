@@ -47,6 +47,7 @@ def submit_message(handle: int, request: Request, source: str = "") -> Submit:
         cache_salt=request.cache_salt,
         priority=request.priority,
         grammar=request.grammar,
+        trace=request.trace,
         source=source,
         sampling=Sampling(
             max_tokens=p.max_tokens,
@@ -78,6 +79,7 @@ def request_of(message: Submit, request_id: str) -> Request:
         cache_salt=message.cache_salt,
         priority=message.priority,
         grammar=message.grammar,
+        trace=message.trace,
         sampling=SamplingParams(
             max_tokens=s.max_tokens,
             temperature=s.temperature,

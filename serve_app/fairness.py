@@ -21,7 +21,7 @@ import heapq
 import math
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rayseek.cluster.request import Delta, Request, RequestRefused
 from rayseek.serve_app.engine_port import Engine
@@ -156,7 +156,7 @@ class FairEngine:
     async def generate(self, request: Request, lease: Lease) -> AsyncGenerator[Delta, None]:
         """Like `Engine.generate`. Raises RequestRefused if too many of the key wait already."""
         with self._observer.sequence(request, lease.key.name, lease.arrived) as seen:
-            deltas = self._generate(request, lease, seen)
+            deltas = self._generate(replace(request, trace=seen.trace), lease, seen)
             try:
                 async for delta in deltas:
                     seen.took(delta)

@@ -16,6 +16,7 @@ from rayseek.cluster.dispatch import Dispatcher, RankAddress
 from rayseek.cluster.logs import start_logging
 from rayseek.cluster.metrics import INGRESS, RayMeter
 from rayseek.cluster.status import UnitStatus, statuses, views
+from rayseek.cluster.traces import start_tracing
 from rayseek.cluster.unit_report import UnitView
 from rayseek.serve_app.app import build_app
 from rayseek.serve_app.grpc_door import GrpcDoor
@@ -39,6 +40,7 @@ class Ingress(GrpcDoor):
     ) -> None:
         accept_methods_in_any_case()
         start_logging("ingress")
+        start_tracing("ingress")
         self._settings = settings
         self._units = units
         self._tokenizer = Tokenizer.from_pretrained(Path(model_path))

@@ -29,6 +29,7 @@ import psutil
 
 from rayseek.cluster.config import Config
 from rayseek.cluster.precedence import give_way, take_precedence
+from rayseek.cluster.traces import ENDPOINT
 from rayseek.serve_app.grpc_door import SERVICER_FUNCTIONS
 from rayseek.serve_app.settings import ApiSettings
 
@@ -96,6 +97,7 @@ def cluster_environment(config: Config) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(longest),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(longest),
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(longest),
+        **({ENDPOINT: config.traces.endpoint} if config.traces.endpoint else {}),
     }
 
 

@@ -1,4 +1,4 @@
-"""What is noted of every request and every HTTP answer: metrics, and one log line a sequence.
+"""What is noted of every request and every HTTP answer: metrics, a log line a sequence, spans.
 
 Nothing here happens per token but two comparisons and a look at the clock.
 """
@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rayseek.cluster.logs import fields
 from rayseek.cluster.metrics import Meter, NoMeter
 from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused
+from rayseek.cluster.traces import begin, describe, fail, record, serving, traceparent
 
 log = logging.getLogger("rayseek.requests")
 
@@ -35,6 +36,8 @@ class Sighting:
         self.first: float | None = None
         self.last = arrived
         self.longest_pause_s = 0.0
+        self.span = begin("sequence", arrived)
+        self.trace = traceparent(self.span)
 
     def begins(self, prompt_tokens: int) -> None:
         """It leaves the queue."""
@@ -89,6 +92,7 @@ class Observer:
         self._moved = moved
 
     def _ended(self, seen: Sighting) -> None:
+        _trace(seen)
         meter, key = self._meter, self._label(seen.key)
         meter.add("requests", 1, key=key, finish=seen.finish)
         meter.add("prompt_tokens", seen.prompt_tokens, key=key)
@@ -136,8 +140,31 @@ class Observer:
         return key
 
 
+def _trace(seen: Sighting) -> None:
+    """End a sequence's span; attributes by OpenTelemetry's conventions for generative models."""
+    if not seen.trace:
+        return
+    if seen.begun is not None:
+        record("queue", seen.trace, seen.arrived, seen.begun)
+    if seen.first is not None:
+        record("first token", seen.trace, seen.arrived, seen.first)
+    describe(
+        seen.span,
+        gen_ai__usage__input_tokens=len(seen.request.prompt_ids),
+        gen_ai__usage__output_tokens=seen.tokens,
+        gen_ai__response__id=seen.request.id,
+        gen_ai__response__finish_reasons=[seen.finish],
+        rayseek__cached_tokens=seen.cached_tokens,
+        rayseek__key=seen.key,
+        rayseek__longest_pause_s=round(seen.longest_pause_s, 4),
+    )
+    if seen.error:
+        fail(seen.span, seen.error)
+    seen.span.end()
+
+
 class Answers:
-    """ASGI middleware: counts answers by the route that gave them."""
+    """ASGI middleware: counts answers by the route that gave them, and has a span for each POST."""
 
     def __init__(self, app: ASGIApp, observer: Observer) -> None:
         self._app, self._observer = app, observer
@@ -151,6 +178,16 @@ class Answers:
             if message["type"] == "http.response.start":
                 route = getattr(scope.get("route"), "path", "unknown")
                 self._observer.answered(route, message["status"])
+                if span is not None:
+                    describe(span, http__route=route, http__response__status_code=message["status"])
             await send(message)
 
-        await self._app(scope, receive, counting)
+        if scope["method"] != "POST":  # pages, probes, metrics
+            span = None
+            await self._app(scope, receive, counting)
+            return
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        with serving(f"POST {scope['path']}", headers) as span:
+            await self._app(scope, receive, counting)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import os
 import re
@@ -11,8 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from openai import AsyncOpenAI, OpenAI
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from rayseek.serve_app.chat_pb2 import ChatChunk, ChatRequest, Message
 from rayseek.serve_app.local import free_port
@@ -55,14 +61,52 @@ class Service:
         raise AssertionError(f"no process of {actor}")
 
 
+class Collector:
+    """An OpenTelemetry collector; `spans`: process and span name, by trace."""
+
+    def __init__(self) -> None:
+        self.spans: dict[str, set[tuple[str, str]]] = defaultdict(set)
+        collector = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.headers.get("Content-Encoding") == "gzip":
+                    body = gzip.decompress(body)
+                collector.took(ExportTraceServiceRequest.FromString(body))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def took(self, export: ExportTraceServiceRequest) -> None:
+        for of_process in export.resource_spans:
+            about = {a.key: a.value.string_value for a in of_process.resource.attributes}
+            for spans in of_process.scope_spans:
+                for span in spans.spans:
+                    where = about["service.instance.id"]
+                    self.spans[span.trace_id.hex()].add((where.split("-")[0], span.name))
+
+
+COLLECTOR = Collector()
+
+
 def start(model: Path, home: Path) -> Service:
     environment = {
         **os.environ, "XDG_CONFIG_HOME": str(home / "config"), "PYTHONUNBUFFERED": "1",
-        "HOME": str(home),
+        "HOME": str(home), "OTEL_BSP_SCHEDULE_DELAY": "300",
     }  # fmt: skip
     port, grpc_port = free_port(), free_port()
     config = home / "config.yaml"
-    config.write_text(f"ingress: {{grpc_port: {grpc_port}, host: 127.0.0.1}}\n")
+    endpoint = f"http://127.0.0.1:{COLLECTOR.server.server_port}"
+    config.write_text(
+        f"ingress: {{grpc_port: {grpc_port}, host: 127.0.0.1}}\n"
+        f"traces: {{endpoint: '{endpoint}'}}\n"
+    )
     process = subprocess.Popen(
         [*RAYSEEK, "serve", str(config), "--model", str(model), "--port", str(port)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
@@ -212,6 +256,25 @@ def test_conformance(service: Service) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("100 %\n") and "✗" not in done.stdout
+
+
+def test_a_trace_goes_through_all_processes(service: Service) -> None:
+    trace = os.urandom(16).hex()
+    answer = httpx.post(
+        f"{service.base}/completions",
+        json={"model": "deepseek-v3", "prompt": "a b", "max_tokens": 4, "ignore_eos": True},
+        headers={
+            "Authorization": f"Bearer {service.key}", "traceparent": f"00-{trace}-{'1' * 16}-01"
+        },
+    )  # fmt: skip
+    assert answer.status_code == 200, answer.text
+    seen = COLLECTOR.spans[trace]
+    deadline = time.monotonic() + 30
+    while len(seen) < 6 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ingress = {name for where, name in seen if where == "ingress"}
+    assert ingress == {"POST /v1/completions", "sequence", "queue", "first token"}
+    assert {name for where, name in seen if where != "ingress"} == {"prefill", "decode"}
 
 
 def test_key_file_is_private(service: Service) -> None:

@@ -107,12 +107,18 @@ class CudaOps:
         return CudaExperts(data(*shapes[0]), scale(*shapes[0]), data(*shapes[1]), scale(*shapes[1]))
 
     def join_experts(self, parts: list[CudaExperts]) -> CudaExperts:
-        """One part is itself; several are copied, since a grouped product wants one tensor."""
-        if len(parts) == 1:
-            return parts[0]
+        """A copy, since a grouped product wants one tensor; and of one part too, which may be
+        a piece of something large."""
         return CudaExperts(
             torch.cat([p.gate_up for p in parts]), torch.cat([p.gate_up_scale for p in parts]),
             torch.cat([p.down for p in parts]), torch.cat([p.down_scale for p in parts]),
+        )  # fmt: skip
+
+    def expert_part(self, packed: CudaExperts, index: int) -> CudaExperts:
+        one = slice(index, index + 1)
+        return CudaExperts(
+            packed.gate_up[one], packed.gate_up_scale[one],
+            packed.down[one], packed.down_scale[one],
         )  # fmt: skip
 
     def _plain(self, weight: Weight) -> Tensor:

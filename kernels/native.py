@@ -167,6 +167,9 @@ class NativeOps:
             [w for part in parts for w in part.gate_up], [w for part in parts for w in part.down]
         )
 
+    def expert_part(self, packed: NativeExperts, index: int) -> NativeExperts:
+        return NativeExperts([packed.gate_up[index]], [packed.down[index]])
+
     def expert_rows(
         self, x_TD: Tensor, row_N: Tensor, expert_N: Tensor, packed: NativeExperts
     ) -> Tensor:

@@ -118,7 +118,11 @@ class SplitOps(Ops, Protocol):
     """
 
     def join_experts(self, parts: list[Any]) -> Any:
-        """Several results of `pack_experts` as one, sharing their memory."""
+        """Several results of `pack_experts` as one. It may have memory of its own: who keeps it
+        need not keep the parts, which `expert_part` gives back."""
+
+    def expert_part(self, packed: Any, index: int) -> Any:
+        """One expert of a result of `pack_experts` or `join_experts`, sharing its memory."""
 
     def expert_rows(self, x_TD: Tensor, row_N: Tensor, expert_N: Tensor, packed: Any) -> Tensor:
         """y[i] = expert_N[i](x[row_N[i]]), float32 [N, D]; zeros where the expert is -1.

@@ -94,6 +94,11 @@ class ReferenceOps:
     ) -> tuple[list[Tensor], list[Tensor]]:
         return [w for part in parts for w in part[0]], [w for part in parts for w in part[1]]
 
+    def expert_part(
+        self, packed: tuple[list[Tensor], list[Tensor]], index: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        return [packed[0][index]], [packed[1][index]]
+
     def expert_rows(
         self, x_TD: Tensor, row_N: Tensor, expert_N: Tensor,
         packed: tuple[list[Tensor], list[Tensor]],

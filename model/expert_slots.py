@@ -45,26 +45,41 @@ class _Held:
     digest: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """The experts of one layer: `packed` has them all, and is the only owner of their memory."""
+
+    experts: tuple[int, ...]  # in each slot
+    packed: Any
+    digests: Mapping[int, bytes]
+
+
 class ExpertSlots:
     """The experts of a process by layer and slot; see ExpertStore.load."""
 
-    def __init__(
-        self, lists: Mapping[int, Sequence[int]], held: Mapping[Key, _Held], ops: SplitOps
-    ) -> None:
-        self.lists = {layer: tuple(experts) for layer, experts in lists.items()}
-        self.held, self._ops = dict(held), ops
-        self._packed = {
-            layer: ops.join_experts([held[layer, expert].packed for expert in experts])
-            for layer, experts in self.lists.items()
-        }
+    def __init__(self, layers: Mapping[int, _Layer], ops: SplitOps) -> None:
+        self.layers, self._ops = dict(layers), ops
+
+    @property
+    def lists(self) -> dict[int, tuple[int, ...]]:
+        """For each layer the logical expert of each slot."""
+        return {number: layer.experts for number, layer in self.layers.items()}
 
     def compute(self, layer: int, x_RD: Tensor, row_N: Tensor, slot_N: Tensor) -> Tensor:
         """float32 [N, D]: slot slot_N[i] of the layer applied to x_RD[row_N[i]]; zeros for -1."""
-        return self._ops.expert_rows(x_RD, row_N, slot_N, self._packed[layer])
+        return self._ops.expert_rows(x_RD, row_N, slot_N, self.layers[layer].packed)
 
     def digest(self, layer: int, expert: int) -> bytes:
         """Of the expert's checkpoint bytes, taken when it came here; the same in every process."""
-        return self.held[layer, expert].digest
+        return self.layers[layer].digests[expert]
+
+    def held(self, layer: int, expert: int) -> _Held | None:
+        """An expert of ours alone, in the memory that its layer owns; None: it is not here."""
+        there = self.layers.get(layer)
+        if there is None or expert not in there.digests:
+            return None
+        part = self._ops.expert_part(there.packed, there.experts.index(expert))
+        return _Held(part, there.digests[expert])
 
 
 class ExpertStore:
@@ -86,25 +101,41 @@ class ExpertStore:
     ) -> ExpertSlots:
         """lists: for each MoE layer the logical expert of each slot.
 
-        What `before` has is taken from there, then what `fetch` gives, the rest is read. Raises
-        CheckpointError for what cannot be read.
+        What `before` has is taken from there, then what `fetch` gives, the rest is read. A layer
+        that stays as it is shares its memory with `before`; another one is made beside it, one
+        layer after the other. Raises CheckpointError for what cannot be read.
         """
-        held: dict[Key, _Held] = {}
-        missing: list[Key] = []
+        layers = {}
         for layer, experts in lists.items():
-            for key in dict.fromkeys((layer, expert) for expert in experts):
-                known = before.held.get(key) if before is not None else None
-                found = known or (self._copied(key, fetch) if fetch is not None else None)
-                if found is None:
-                    missing.append(key)
-                else:
-                    held[key] = found
+            same = before.layers.get(layer) if before is not None else None
+            if same is None or same.experts != tuple(experts):
+                same = self._layer(layer, experts, before, fetch)
+            layers[layer] = same
+        return ExpertSlots(layers, self._ops)
+
+    def _layer(
+        self, layer: int, experts: Sequence[int], before: ExpertSlots | None, fetch: Fetch | None
+    ) -> _Layer:
+        held: dict[int, _Held] = {}
+        missing: list[Key] = []
+        for expert in dict.fromkeys(experts):
+            found = before.held(layer, expert) if before is not None else None
+            if found is None and fetch is not None:
+                found = self._copied((layer, expert), fetch)
+            if found is None:
+                missing.append((layer, expert))
+            else:
+                held[expert] = found
         if missing:
             names = [name for key in missing for name in self._names(key)]
             weights = self._checkpoint.load(names, progress=False)
             for key in missing:
-                held[key] = self._pack(key, weights, _digest(self._bytes(key, weights)))
-        return ExpertSlots(lists, held, self._ops)
+                held[key[1]] = self._pack(key, weights, _digest(self._bytes(key, weights)))
+        return _Layer(
+            tuple(experts),
+            self._ops.join_experts([held[expert].packed for expert in experts]),
+            {expert: one.digest for expert, one in held.items()},
+        )
 
     def copy(self, slots: ExpertSlots, layer: int, expert: int) -> ExpertCopy:
         """An expert of `slots` for another process. KeyError if it is not there.

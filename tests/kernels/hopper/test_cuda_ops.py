@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from rayseek.kernels.fp8 import quantise_blocks_ref
 from rayseek.kernels.ops import Weight
 from rayseek.kernels.reference import ReferenceOps
 from rayseek.model.batch import Batch
+from rayseek.model.checkpoint import Checkpoint
 from rayseek.model.config import ModelConfig
+from rayseek.model.expert_slots import ExpertSlots, ExpertStore
 from rayseek.model.latent_cache import LatentCache
-from rayseek.model.maker import SMALL
+from rayseek.model.maker import SMALL, make_checkpoint
 from rayseek.model.transformer import Transformer
 
 CONFIG = replace(
@@ -104,3 +108,39 @@ def test_experts_apart_give_the_bits_of_experts_here(inner: int, hidden: int) ->
     assert torch.equal(apart, here)
     absent = ops.expert_rows(x, pair_row[:4], torch.tensor([-1, 0, -1, 4]), joined)
     assert not absent[[0, 2]].any() and absent[[1, 3]].any()
+
+
+def memory_of(*slots: ExpertSlots) -> int:
+    """Bytes of all tensors that can be reached from the experts of a process."""
+    found: dict[int, int] = {}
+    todo: list[object] = list(slots)
+    seen: set[int] = set()
+    while todo:
+        here = todo.pop()
+        if id(here) in seen or isinstance(here, type | CudaOps):
+            continue
+        seen.add(id(here))
+        if isinstance(here, Tensor):
+            storage = here.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        todo += gc.get_referents(here)
+    return sum(found.values())
+
+
+def test_experts_are_in_memory_once(tmp_path: Path) -> None:
+    """Also those that came from different places, and those that stay at the next placement."""
+    config = replace(CONFIG, num_hidden_layers=3, vocab_size=300)
+    make_checkpoint(tmp_path / "model", config, seed=0, fp8=True)
+    store = ExpertStore(Checkpoint.open(tmp_path / "model"), CudaOps("cpu"))
+    inner, hidden = config.moe_intermediate_size, config.hidden_size
+    one = 3 * inner * hidden + 3 * 4  # e4m3, and a scale for each of its three blocks
+    first = store.load({1: [3, 0, 7], 2: [5, 6, 1]})
+    assert memory_of(first) == 6 * one
+    second = store.load({1: [3, 0, 7], 2: [1, 5]}, first)
+    assert memory_of(second) == 5 * one
+    assert memory_of(first, second) == (6 + 2) * one  # layer 1 is shared, layer 2 made anew
+    x, row = random(1, hidden).bfloat16(), torch.zeros(1, dtype=torch.int32)
+    for old, new in ((2, 0), (0, 1)):
+        slots = torch.tensor([old], dtype=torch.int32), torch.tensor([new], dtype=torch.int32)
+        a, b = first.compute(2, x, row, slots[0]), second.compute(2, x, row, slots[1])
+        assert torch.equal(a, b) and a.any()

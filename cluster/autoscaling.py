@@ -237,3 +237,17 @@ def replica_ranges(config: Config) -> dict[str, tuple[int, int]]:
     if experts[0] < experts[1]:
         found["Experts"] = (experts[0], experts[1])
     return found
+
+
+def serve_scaling(scales: tuple[int, int], initial: int) -> dict[str, Any]:
+    """Serve's `autoscaling_config` of a deployment; the policy is the application's, and it is the
+    one that waits before it decides."""
+    return {
+        "min_replicas": scales[0],
+        "max_replicas": scales[1],
+        "initial_replicas": initial,
+        "upscale_delay_s": 0,
+        "downscale_delay_s": 0,
+        "metrics_interval_s": 1,
+        "look_back_period_s": 5,
+    }

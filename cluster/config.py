@@ -244,6 +244,18 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _scalable(self) -> Self:
+        settings = self.autoscaling
+        if "kueue" in self.kubernetes.components and (
+            settings.prefill or settings.decode or settings.experts
+        ):
+            raise ValueError(
+                "kubernetes.components has kueue, which refuses clusters that scale: take it away, "
+                "or the ranges in autoscaling"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> Self:
         per_node = self.hardware.ranks_per_node
         for role, unit in self.units.items():

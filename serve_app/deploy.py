@@ -8,7 +8,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from rayseek.cluster.autoscaling import replica_ranges
+from rayseek.cluster.autoscaling import replica_ranges, serve_scaling
 from rayseek.cluster.config import Config
 from rayseek.cluster.experts import Experts
 from rayseek.cluster.layout import Deployment, layout
@@ -64,17 +64,7 @@ def _inner(kind: type, deployment: Deployment, scales: tuple[int, int] | None = 
     that waits before it decides."""
     count: dict[str, Any] = {"num_replicas": deployment.replicas}
     if scales is not None:
-        count = {
-            "autoscaling_config": {
-                "min_replicas": scales[0],
-                "max_replicas": scales[1],
-                "initial_replicas": deployment.replicas,
-                "upscale_delay_s": 0,
-                "downscale_delay_s": 0,
-                "metrics_interval_s": 1,
-                "look_back_period_s": 5,
-            }
-        }
+        count = {"autoscaling_config": serve_scaling(scales, deployment.replicas)}
     return serve.deployment(
         kind,
         name=deployment.name,

@@ -24,7 +24,7 @@ def service(config: Config) -> dict[str, Any]:
 def budgets(config: Config, plan: Layout) -> list[dict[str, Any]]:
     """No pod of a unit may be evicted, and one of the ingress pods. Integers: pods of an owner
     without a scale subresource know no percentages."""
-    kept = {"head": 1} | {group.name: group.pods for group in groups(config, plan)}
+    kept = {"head": 1} | {group.name: group.most_pods for group in groups(config, plan)}
     kept[INGRESS] = max(1, kept[INGRESS] - 1)
     return [
         _object(

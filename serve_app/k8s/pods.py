@@ -18,6 +18,13 @@ SHM_PART = 4  # /dev/shm is this part of a pod's memory, at most MAX_SHM_GIB
 MAX_SHM_GIB = 64.0
 STORE_PART = 4  # Ray's object store is this part of /dev/shm: nothing of ours goes through it
 UNIT_GRACE_S = 600
+IDLE_S = 300  # before a pod without a unit goes: another unit might find its page cache warm
+HOME = "/home/rayseek"
+CONFINED = {
+    "allowPrivilegeEscalation": False,
+    "readOnlyRootFilesystem": True,
+    "capabilities": {"drop": ["ALL"]},
+}
 METRICS_PORT, AGENT_PORT, DASHBOARD_PORT = 8080, 52365, 8265
 HEAD_PORTS = {
     "gcs-server": 6379, "dashboard": DASHBOARD_PORT, "client": 10001, "metrics": METRICS_PORT,
@@ -74,6 +81,23 @@ def worker_pod(config: Config, group: Group) -> dict[str, Any]:
     return pod
 
 
+def autoscaler_options() -> dict[str, Any]:
+    """Of the container that KubeRay adds to the head pod; without a security context of its own
+    the namespace would refuse the pod. It writes where the head does."""
+    resources = {"cpu": "1", "memory": "2Gi"}
+    return {
+        "version": "v2",
+        "idleTimeoutSeconds": IDLE_S,
+        "env": [{"name": "HOME", "value": HOME}],
+        "resources": {"requests": dict(resources), "limits": dict(resources)},
+        "securityContext": dict(CONFINED),
+        "volumeMounts": [
+            {"name": "tmp", "mountPath": "/tmp"},
+            {"name": "home", "mountPath": HOME},
+        ],
+    }
+
+
 def drain_script(port: int, tables: str = "/proc/net/tcp*") -> str:
     """Wait until endpoints have forgotten the pod, and then until no client is connected."""
     return (
@@ -86,7 +110,7 @@ def environment(config: Config) -> dict[str, str]:
     """Of every Ray container."""
     return {
         **cluster_environment(config),
-        "HOME": "/home/rayseek",
+        "HOME": HOME,
         "XDG_CACHE_HOME": "/cache",
         "TRITON_CACHE_DIR": "/cache/triton",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -134,7 +158,7 @@ def _pod(
     if config.hardware.accelerator != "cpu":
         resources["ephemeral-storage"] = "64Gi"
     env = environment(config) | (_fabric_environment(cell.fabric) if devices else {})
-    written = {"tmp": "/tmp", "home": "/home/rayseek", "cache": "/cache"}
+    written = {"tmp": "/tmp", "home": HOME, "cache": "/cache"}
     mounts: list[dict[str, Any]] = [
         *({"name": name, "mountPath": path} for name, path in written.items()),
         {"name": "shm", "mountPath": "/dev/shm"},
@@ -163,11 +187,7 @@ def _pod(
     container = {
         "name": "ray",
         "image": cell.image,
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "securityContext": dict(CONFINED),
         "env": [{"name": name, "value": value} for name, value in env.items()],
         "ports": [{"name": name, "containerPort": port} for name, port in ports.items()],
         "resources": {"requests": dict(resources), "limits": dict(resources)},

@@ -5,11 +5,18 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
+from rayseek.cluster.autoscaling import replica_ranges, serve_scaling
 from rayseek.cluster.config import Config
 from rayseek.cluster.layout import Layout
 from rayseek.serve_app.application import serve_config
 from rayseek.serve_app.k8s.groups import INGRESS, Group, groups
-from rayseek.serve_app.k8s.pods import head_pod, labels, object_store_bytes, worker_pod
+from rayseek.serve_app.k8s.pods import (
+    autoscaler_options,
+    head_pod,
+    labels,
+    object_store_bytes,
+    worker_pod,
+)
 from rayseek.serve_app.k8s.yaml_text import text
 
 API_VERSION = "ray.io/v1"
@@ -40,6 +47,9 @@ def rayservice(config: Config, plan: Layout) -> dict[str, Any]:
             "redisPassword": {"valueFrom": password},
             "externalStorageNamespace": cell.cell,
         }
+    if any(group.scales for group in workers):
+        cluster["enableInTreeAutoscaling"] = True
+        cluster["autoscalerOptions"] = autoscaler_options()
     cluster["headGroupSpec"] = {
         "serviceType": "ClusterIP",
         "rayStartParams": {
@@ -68,8 +78,8 @@ def _group(config: Config, group: Group) -> dict[str, Any]:
     return {
         "groupName": group.name,
         "replicas": group.replicas,
-        "minReplicas": group.replicas,
-        "maxReplicas": group.replicas,
+        "minReplicas": group.least,
+        "maxReplicas": group.most,
         "numOfHosts": group.hosts,
         "labels": {"role": group.name},
         "rayStartParams": {"object-store-memory": str(object_store_bytes(group.size))},
@@ -79,11 +89,17 @@ def _group(config: Config, group: Group) -> dict[str, Any]:
 
 def cell_serve_config(config: Config, plan: Layout) -> dict[str, Any]:
     """What `rayseek config render` writes, with each deployment bound to its group's pods."""
-    file = serve_config(config)
+    file, ranges = serve_config(config), replica_ranges(config)
     deployments: list[dict[str, Any]] = []
     for deployment in plan.deployments:
         options: dict[str, Any] = {"num_cpus": deployment.replica_cpus}
-        entry: dict[str, Any] = {"name": deployment.name, "num_replicas": deployment.replicas}
+        entry: dict[str, Any] = {"name": deployment.name}
+        if deployment.name in ranges:
+            entry["autoscaling_config"] = serve_scaling(
+                ranges[deployment.name], deployment.replicas
+            )
+        else:
+            entry["num_replicas"] = deployment.replicas
         if deployment.bundles:
             entry["placement_group_bundles"] = [dict(bundle) for bundle in deployment.bundles]
             entry["placement_group_strategy"] = deployment.strategy

@@ -7,7 +7,9 @@ from importlib.metadata import version
 from pathlib import PurePosixPath
 from typing import Any
 
+from rayseek.cluster.autoscaling import replica_ranges
 from rayseek.cluster.fit import GIB, problems, rank_memories
+from rayseek.cluster.layout import UNIT_NAMES
 from rayseek.model.official import DEEPSEEK_V3
 from rayseek.serve_app.k8s.groups import INGRESS
 from rayseek.serve_app.k8s.manifests import Cell, Finding, Manifests, Pod, quantity, rule
@@ -78,14 +80,18 @@ def enough_pods(all_: Manifests) -> Iterator[Finding]:
                 spread = deployment.get("placement_group_strategy") == "STRICT_SPREAD"
                 per_node = deployment.get("max_replicas_per_node") or len(rooms) * 10**6
                 placed = _place(
-                    rooms, [b for b, _ in wanted], deployment.get("num_replicas") or 1, spread,
-                    per_node,
-                )  # fmt: skip
+                    rooms, [b for b, _ in wanted], _most_replicas(deployment), spread, per_node
+                )
                 if placed is not None:
                     yield (
                         f"{cell.name} {deployment['name']}",
                         f"{pod.highest} pods of {pod.name} have room for {placed} replicas only",
                     )
+
+
+def _most_replicas(deployment: dict[str, Any]) -> int:
+    scaling = deployment.get("autoscaling_config") or {}
+    return int(scaling.get("max_replicas") or deployment.get("num_replicas") or 1)
 
 
 def _place(
@@ -280,10 +286,12 @@ def pinned_memory(all_: Manifests) -> Iterator[Finding]:
         config = cell.config
         if config is None or config.hardware.accelerator != "cpu":
             continue
+        ranges = replica_ranges(config)
         pages = {m.of: m.parts.get("KV pages", 0) for m in rank_memories(config, DEEPSEEK_V3)}
         for pod in cell.groups:
             for role, unit in config.units.items():
-                needs = pages[role] * unit.units * unit.attention_ranks
+                _, units = ranges.get(UNIT_NAMES[role], (0, unit.units))
+                needs = pages[role] * units * unit.attention_ranks
                 if (
                     pod.name == role
                     and quantity(pod.limits.get("memory", 0)) * pod.highest <= needs

@@ -122,6 +122,14 @@ def autoscaler(all_: Manifests) -> Iterator[Finding]:
 
 
 @rule
+def kueue_autoscaling(all_: Manifests) -> Iterator[Finding]:
+    for cell in all_.cells:
+        queued = "kueue.x-k8s.io/queue-name" in cell.metadata.get("labels", {})
+        if queued and cell.cluster.get("enableInTreeAutoscaling"):
+            yield cell.name, "Kueue refuses clusters that scale: no ranges, or no queue"
+
+
+@rule
 def frozen(all_: Manifests) -> Iterator[Finding]:
     """With `upgradeStrategy: None`, KubeRay ignores an edit of these without a word."""
     for cell in all_.cells:

@@ -14,10 +14,15 @@ WRITTEN = ("/tmp", "/dev/shm")
 
 
 def _containers(all_: Manifests) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(where, pod spec, container), init containers too."""
+    """(where, pod spec, container), init containers and KubeRay's autoscaler too."""
     for pod in all_.pods:
         for container in [*pod.spec.get("initContainers", []), *pod.spec["containers"]]:
             yield f"{pod.name} {container['name']}", dict(pod.spec), container
+    for cell in all_.cells:
+        if cell.cluster.get("enableInTreeAutoscaling"):
+            head, options = cell.pods[0], cell.cluster.get("autoscalerOptions", {})
+            added = {"image": head.container["image"], **options}
+            yield "head autoscaler", dict(head.spec), added
 
 
 @rule

@@ -6,6 +6,7 @@ Ray is imported inside the rules: seconds that only they need.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,11 @@ def _schema() -> Draft202012Validator:
     from ray.serve.schema import ServeDeploySchema
 
     return Draft202012Validator(_closed(ServeDeploySchema.model_json_schema()))
+
+
+def _no_deprecations() -> warnings.catch_warnings[None]:
+    """Serve deprecates metrics_interval_s, but reads nothing else in its place."""
+    return warnings.catch_warnings(action="ignore", category=DeprecationWarning)
 
 
 def _closed(node: Any) -> Any:
@@ -60,7 +66,8 @@ def serve_schema(all_: Manifests) -> Iterator[Finding]:
         if found:
             continue
         try:
-            ServeDeploySchema.model_validate(cell.serve)
+            with _no_deprecations():
+                ServeDeploySchema.model_validate(cell.serve)
         except ValidationError as error:
             for one in error.errors():
                 yield f"{where} {'.'.join(map(str, one['loc']))}", one["msg"]
@@ -79,7 +86,8 @@ def serve_autoscaling(all_: Manifests) -> Iterator[Finding]:
             for name in sorted(set(given) - set(AutoscalingConfig.model_fields)):
                 yield f"{where}.{name}", "no such key"
             try:
-                AutoscalingConfig.model_validate(given)
+                with _no_deprecations():
+                    AutoscalingConfig.model_validate(given)
             except ValidationError as error:
                 yield where, error.errors()[0]["msg"]
 

@@ -91,8 +91,8 @@ def test_every_component_is_offered_by_the_config() -> None:
 def test_groups_of_deepseeks_cell() -> None:
     config = load_config("h800-cell-18")
     found = groups(config, layout(config, DEEPSEEK_V3))
-    assert [(g.name, g.replicas, g.hosts, g.gpus, g.pods) for g in found] == [
-        ("ingress", 4, 1, 0, 4), ("prefill", 3, 4, 8, 12), ("decode", 18, 1, 8, 18)
+    assert [(g.name, g.replicas, g.least, g.most, g.hosts, g.gpus) for g in found] == [
+        ("ingress", 4, 4, 4, 1, 0), ("prefill", 3, 2, 5, 4, 8), ("decode", 18, 18, 18, 1, 8)
     ]  # fmt: skip
 
 
@@ -105,8 +105,27 @@ def test_units_smaller_than_a_node_share_pods() -> None:
     )
     found = {g.name: g for g in groups(config, layout(config, DEEPSEEK_V3))}
     worker = config.kubernetes.worker
-    assert found["decode"] == Group("decode", 2, 1, 8, worker)
-    assert found["experts"] == Group("experts", 3, 1, 8, worker)
+    assert found["decode"] == Group("decode", 2, 2, 2, 1, 8, worker)
+    assert found["experts"] == Group("experts", 3, 3, 3, 1, 8, worker)
+
+
+def test_pods_follow_the_ranges() -> None:
+    """Whole units, and experts with the units that they are for."""
+    hardware, scaled = {"accelerator": "H800"}, {"prefill": {"least": 1, "most": 9}}
+    prefill = {"units": 2, "attention_ranks": 4}
+    decode = {"units": 2, "attention_ranks": 16, "experts": "dedicated", "expert_ranks": 32}
+    scaled["decode"] = {"least": 1, "most": 3}
+    config = Config.model_validate(
+        {"hardware": hardware, "prefill": prefill, "decode": decode, "autoscaling": scaled}
+    )
+    found = {
+        g.name: (g.least, g.replicas, g.most) for g in groups(config, layout(config, DEEPSEEK_V3))
+    }
+    assert found == {
+        "ingress": (2, 2, 2), "prefill": (1, 1, 5), "decode": (2, 4, 6), "experts": (4, 8, 12)
+    }  # fmt: skip
+    cpu = config.model_copy(update={"hardware": Config().hardware})
+    assert [g.most for g in groups(cpu, layout(cpu, DEEPSEEK_V3))] == [2, 1, 1, 1]
 
 
 def test_the_schema_is_the_crd_made_strict() -> None:

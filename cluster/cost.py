@@ -137,18 +137,21 @@ class Cost:
         limit = max(zip((*times, sending), ("memory", "operations", "network"), strict=True))[1]
         return Step(total, sending, limit, self._parts.decode)
 
-    def prefill(self, rows: int, context: float, cached: float = 0.0) -> Step:
+    def prefill(
+        self, rows: int, context: float, cached: float = 0.0, mean_rows: float | None = None
+    ) -> Step:
         """One step of `rows` new prompt tokens on each GPU, of prompts so long. A row goes to each
-        node that it needs once, since expert groups lie on one node where they can."""
+        node that it needs once, since expert groups lie on one node where they can. mean_rows: of
+        all GPUs, if one has more than others, for whom the experts work alike."""
         model = self._model
         linear = model.num_hidden_layers * (self._projections + self._absorbed)
-        linear += (
-            self._moe_layers * self._expert * (model.num_experts_per_tok + model.n_shared_experts)
-        )
+        linear += self._moe_layers * self._expert * model.n_shared_experts
         linear += model.first_k_dense_replace * self._dense
+        routed = self._moe_layers * self._expert * model.num_experts_per_tok
         seen = model.num_hidden_layers * model.num_attention_heads * (context + cached) / 2
         attention = 2 * rows * seen * (model.qk_head_dim + model.v_head_dim)
-        computing = 2 * rows * linear / self._fp8 + attention / self._bf16
+        shared = rows if mean_rows is None else mean_rows
+        computing = 2 * (rows * linear + shared * routed) / self._fp8 + attention / self._bf16
         nodes = max(1, self._ranks // NODE)
         row = self._row_bytes() * rows * self._moe_layers
         inside = row * model.num_experts_per_tok * (NODE - 1) / NODE if self._ranks >= NODE else 0.0

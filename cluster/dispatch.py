@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
@@ -25,7 +25,12 @@ from rayseek.cluster.tokens_pb2 import Frame, Load, ToRank, Update
 from rayseek.cluster.traces import record
 from rayseek.cluster.wire import METHOD, SERVICE, delta_of, plain_token, submit_message
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 log = logging.getLogger("rayseek.dispatch")
+Count = TypeVar("Count", int, "NDArray[np.int64]")  # of one rank, or of many
 
 ANSWER_S = 5.0  # discovery gives new ranks so long to answer; the next round sees later ones
 CONTINUATION_RETRY_S = 0.2
@@ -48,6 +53,18 @@ class RankAddress:
 
 News: TypeAlias = Update | Token | None  # an update, one more token, or the end of the stream
 Discover = Callable[[], Awaitable[list[RankAddress]]]
+
+
+def pressure(ours: Count, waiting: Count, pages_held: Count) -> tuple[Count, Count]:
+    """Of a rank that makes tokens: requests of ours there and its queue, then the pages it holds.
+    The next request goes where it is smallest."""
+    return ours + waiting, pages_held
+
+
+def backlog(queued: Count, named: Count) -> Count:
+    """Of a rank that computes prompts: tokens in its queue, and those that it was named for by us
+    and may still compute. The next prompt goes where it is smallest."""
+    return queued + named
 
 
 class RankLost(Exception):
@@ -93,8 +110,7 @@ class RankChannel:
 
     @property
     def pressure(self) -> tuple[int, int]:
-        """Smaller is better: requests of ours there and its queue, then the pages it holds."""
-        return len(self._inboxes) + self.load.waiting, self.load.pages_held
+        return pressure(len(self._inboxes), self.load.waiting, self.load.pages_held)
 
     def submit(self, request: Request, source: str = "") -> tuple[int, asyncio.Queue[News]]:
         """source: of the prompt's pages (wire.py)."""
@@ -285,7 +301,7 @@ class Dispatcher:
         """Who would be the first to have computed another prompt; None: nobody prefills."""
         return min(
             self._alive(prefills=True),
-            key=lambda c: c.load.prompt_tokens_queued + c.prefilling,
+            key=lambda c: backlog(c.load.prompt_tokens_queued, c.prefilling),
             default=None,
         )
 

@@ -25,7 +25,7 @@ from rayseek.cluster.grammar import GrammarCompiler
 from rayseek.cluster.next_token import TokenChooser, masks_at
 from rayseek.cluster.pages import PagePool
 from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused, Token
-from rayseek.cluster.scheduler import Limits, Plan, SequenceView, plan_step
+from rayseek.cluster.scheduler import LOOKAHEAD, Limits, Plan, SequenceView, plan_step
 from rayseek.cluster.sequence import Sequence
 from rayseek.cluster.speculation import DepthPolicy, DraftMeter, choose_depth
 from rayseek.cluster.step_clock import IDLE, StepClock, Work
@@ -36,7 +36,6 @@ from rayseek.model.latent_cache import LatentCache
 
 log = logging.getLogger("rayseek.engine")
 
-WAITING_LOOKAHEAD = 8  # queued requests the scheduler looks at in one step
 GRAMMAR_PATIENCE_S = 0.005  # an engine with nothing else to do looks at its inbox so often
 
 
@@ -319,7 +318,7 @@ class Engine:
         ]
         waiting = []
         if self._waiting and len(running) < self.limits.step.max_batch:
-            first = sorted(self._waiting.values(), key=lambda s: s.order)[:WAITING_LOOKAHEAD]
+            first = sorted(self._waiting.values(), key=lambda s: s.order)[:LOOKAHEAD]
             for s in first:
                 match = self.pool.look_up(s.chain)
                 cached = len(match.pages) * PAGE_TOKENS

@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rayseek.model.batch import PAGE_TOKENS
+from rayseek.model.ledger import PAGE_TOKENS
+
+LOOKAHEAD = 8  # waiting sequences that a step looks at
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,16 +59,26 @@ class Drafter:
             if depth and s.request.id in running
             and s.computed == len(s.ids) - 1 and wants_more(s, 0)
         ]  # fmt: skip
-        hidden = [s.unlearned[-1][-1:] for s in drafting]
-        learn(model, stepped, running, drafting)
-        hidden_TD = torch.cat(hidden) if hidden else torch.empty(0, model.hidden_size)
+        if not drafting or len(drafting) < len(running) or len(drafting) < len(stepped):
+            learn(model, stepped, running, drafting)
+        hidden: list[Tensor] = []
+        for s in drafting:
+            hidden += s.unlearned
+        hidden_TD = (
+            hidden[0] if len(hidden) == 1
+            else torch.cat(hidden) if hidden else torch.empty(0, model.hidden_size)
+        )  # fmt: skip
         for number in range(depth):
             began = perf_counter()
-            batch = Batch.of_sequences(
-                [[s.drafts[-1] if s.drafts else s.ids[-1]] for s in drafting],
-                [s.computed - 1 + number for s in drafting],
-                [s.pages for s in drafting],
-            )
+            if number:
+                ids = [[s.drafts[-1]] for s in drafting]
+                starts = [s.computed - 1 + number for s in drafting]
+            else:
+                starts = [s.computed - sum(map(len, s.unlearned)) for s in drafting]
+                ids = [s.ids[start + 1 :] for s, start in zip(drafting, starts, strict=True)]
+                for s in drafting:
+                    s.unlearned = []
+            batch = Batch.of_sequences(ids, starts, [s.pages for s in drafting], [1] * len(ids))
             places = [s.places(number)[-1] for s in drafting]
             masks = masks_at(places, self._grammars)
             passed = model.draft(batch, hidden_TD)
@@ -78,17 +88,21 @@ class Drafter:
             for s, token in zip(drafting, tokens, strict=True):
                 if isinstance(token, Token):
                     s.drafts.append(token.id)
-            self._meter.draft_took(len(drafting), perf_counter() - began)
+            if len(batch.ids_T) <= len(drafting) * (1 + self._meter.most):  # else many of a prompt
+                self._meter.draft_took(len(drafting), perf_counter() - began)
+            if number + 1 == depth:
+                break
             on = [r for r, s in enumerate(drafting) if wants_more(s, number + 1)]
             assert passed.normed_TD is not None
-            hidden_TD = passed.normed_TD[on]
-            drafting = [drafting[r] for r in on]
+            hidden_TD = passed.normed_TD
+            if len(on) < len(drafting):
+                hidden_TD, drafting = hidden_TD[on], [drafting[r] for r in on]
 
 
 def learn(
     model: DraftModel, stepped: Rows[Sequence], running: Running, drafting: Rows[Sequence]
 ) -> None:
-    """Write the draft module's latents of new rows, but for the last row of those that draft.
+    """Write the draft module's latents of the new rows of those that do not draft now.
 
     A row of the module is a hidden state and the token after it, known by now. While nobody
     drafts, rows wait until there are enough to be cheap, or until a sequence has ended: its
@@ -98,24 +112,21 @@ def learn(
         sum(map(len, s.unlearned)) >= LEARN_ROWS or s.request.id not in running for s in stepped
     ):
         return
-    last = {s.request.id for s in drafting}
-    known = [s for s in running.values() if s.unlearned]
+    later = {s.request.id for s in drafting}
+    known = [s for s in running.values() if s.unlearned and s.request.id not in later]
     known += [s for s in stepped if s.request.id not in running and s.unlearned]
     ids: list[list[int]] = []
     starts: list[int] = []
     hidden: list[Tensor] = []
-    pages: list[list[int]] = []
     for s in known:
-        normed_TD = s.unlearned[0] if len(s.unlearned) == 1 else torch.cat(s.unlearned)
+        rows = sum(map(len, s.unlearned))
+        start = s.computed - rows
+        ids.append(s.ids[start + 1 : start + 1 + rows])
+        starts.append(start)
+        hidden += s.unlearned
         s.unlearned = []
-        start, rows = s.computed - len(normed_TD), len(normed_TD) - (s.request.id in last)
-        if rows:
-            ids.append(s.ids[start + 1 : start + 1 + rows])
-            starts.append(start)
-            pages.append(s.pages)
-            hidden.append(normed_TD[:rows])
-    if hidden:
-        batch = Batch.of_sequences(ids, starts, pages, [0] * len(ids))
+    if any(ids):
+        batch = Batch.of_sequences(ids, starts, [s.pages for s in known], [0] * len(ids))
         model.remember(batch, torch.cat(hidden))
 
 

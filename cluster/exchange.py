@@ -302,5 +302,9 @@ class RemoteExperts:
     def __init__(self, exchange: Callable[[], Exchange], layer: int) -> None:
         self._exchange, self._layer = exchange, layer
 
+    @property
+    def here(self) -> None:
+        """They may be anywhere."""
+
     def begin(self, x_TD: Tensor, expert_TK: Tensor) -> Pending:
         return self._exchange().begin(self._layer, x_TD, expert_TK)

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from rayseek.cluster.plan import ExpertRows
 from rayseek.model.config import ModelConfig
-from rayseek.model.moe import Experts, ExpertsUnderway
+from rayseek.model.moe import Experts, ExpertsHere, ExpertsUnderway
 
 
 class ExpertTally:
@@ -48,6 +49,11 @@ class ExpertTally:
 class _Counted:
     def __init__(self, experts: Experts, rows_E: NDArray[np.int64]) -> None:
         self._experts, self._rows_E = experts, rows_E
+
+    @property
+    def here(self) -> ExpertsHere | None:
+        inner = self._experts.here
+        return inner and ExpertsHere(inner.packed, torch.from_numpy(self._rows_E))
 
     def begin(self, x_TD: Tensor, expert_TK: Tensor) -> ExpertsUnderway:
         self._rows_E += np.bincount(expert_TK.numpy().ravel(), minlength=len(self._rows_E))

@@ -27,7 +27,7 @@ class UnitModel:
 
     def draft(self, batch: Batch, hidden_TD: Tensor) -> Passed:
         return self._participant.run(
-            Kind.DRAFT, len(batch.ids_T), lambda: self._model.draft(batch, hidden_TD)
+            Kind.DRAFT, len(batch.out_rows_R), lambda: self._model.draft(batch, hidden_TD)
         )
 
     def remember(self, batch: Batch, hidden_TD: Tensor) -> None:

@@ -265,3 +265,5 @@ void rs_draw(const float* logits, long ld, long R, long V, const Draw* draws, lo
     for (long r = 0; r < R; r++) one(r);
 }
 }
+
+#include "native_pass.h"  // last, for it calls the above

@@ -7,17 +7,20 @@ values are trusted to be in range, as the model that makes them guarantees.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from rayseek.kernels.native_build import load_native
+from rayseek.kernels.native_pass import NativePass
 from rayseek.kernels.native_weights import (
     NativeExperts,
     NativeWeight,
     pack_latent_heads,
     pack_matrix,
 )
-from rayseek.kernels.ops import PAGE_TOKENS, Norm, Weight
+from rayseek.kernels.ops import PAGE_TOKENS, Norm, PassParts, Weight
 
 
 class NativeOps:
@@ -161,6 +164,9 @@ class NativeOps:
             into_TD.data_ptr(), into_TD.stride(0),
         ):  # fmt: skip
             raise ValueError(f"expert ids must be 0..{packed.count - 1}, the experts packed")
+
+    def whole_pass(self, parts: PassParts, pages: Sequence[Tensor]) -> NativePass:
+        return NativePass(self.library, parts, pages)
 
     def join_experts(self, parts: list[NativeExperts]) -> NativeExperts:
         return NativeExperts(

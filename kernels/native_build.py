@@ -47,6 +47,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "rs_picked_slots": [POINTER, LONG, LONG, LONG, INT, INT, POINTER, LONG, LONG]
     + [POINTER, POINTER, POINTER],
     "rs_draw": [POINTER, LONG, LONG, LONG, POINTER, LONG, POINTER, POINTER, POINTER, POINTER],
+    "rs_pass": [POINTER] * 6,
     "rs_combine": [POINTER, LONG, LONG, LONG, POINTER, POINTER, LONG, POINTER, LONG],
 }
 
@@ -69,7 +70,7 @@ def load_native(target: str = "native") -> tuple[ctypes.CDLL, bool]:
     for name, arguments in SIGNATURES.items():
         getattr(library, name).argtypes = arguments
         getattr(library, name).restype = None
-    for name in ("rs_experts", "rs_expert_rows", "rs_combine"):
+    for name in ("rs_experts", "rs_expert_rows", "rs_combine", "rs_pass"):
         getattr(library, name).restype = INT
     library.rs_wanted_rows.restype = library.rs_picked_slots.restype = LONG
     library.rs_init.restype = INT

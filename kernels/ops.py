@@ -11,8 +11,9 @@ Activations are float32 on the CPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -108,6 +109,99 @@ class Ops(Protocol):
 
         expert_TK: int32, ascending in each row, indices into the lists given to pack_experts.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class MoeParts:
+    """Router and routed experts of a layer, packed; what else `Ops.route` is given.
+
+    rows_E: int64, in which the rows of each expert are counted; None: they are not.
+    """
+
+    gate: Any
+    bias_E: Tensor
+    groups: int
+    keep_groups: int
+    top_k: int
+    normalise: bool
+    factor: float
+    experts: Any
+    rows_E: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParts:
+    """A layer, packed. gate_up, down: of the dense MLP, or of the shared experts beside `moe`.
+
+    Without q_b, q_and_kv_a gives the queries themselves.
+    """
+
+    input_norm: Norm
+    q_and_kv_a: Any
+    q_norm: Norm | None
+    q_b: Any
+    kv_norm: Norm
+    w_uk: Any
+    w_uv: Any
+    o: Any
+    norm: Norm
+    gate_up: Any
+    down: Any
+    moe: MoeParts | None
+
+
+@dataclass(frozen=True, slots=True)
+class PassParts:
+    """All that a pass needs, from token ids to logits. All norms have the same eps.
+
+    join: of a draft module, its norm of tokens, projection, and norm of hidden states.
+    scale: of attention scores. embed_VD: bf16 or float32, contiguous.
+    """
+
+    embed_VD: Tensor
+    join: tuple[Norm, Any, Norm] | None
+    layers: list[LayerParts]
+    final_norm: Norm
+    head: Any
+    cos_sin_PR: Tensor
+    scale: float
+
+
+class PassRows(Protocol):
+    """The new rows of a pass; `model/batch.py` says what they are."""
+
+    @property
+    def ids_T(self) -> Tensor: ...
+    @property
+    def positions_T(self) -> Tensor: ...
+    @property
+    def slots_T(self) -> Tensor: ...
+    @property
+    def sequence_T(self) -> Tensor: ...
+    @property
+    def page_table_BP(self) -> Tensor: ...
+    @property
+    def out_rows_R(self) -> Tensor: ...
+
+
+class WholePass(Protocol):
+    """A pass as one call, for `most_rows` rows at most."""
+
+    most_rows: int
+
+    def __call__(self, rows: PassRows, hidden_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits [R, V] of the out rows, and states after the final norm: of all rows [T, D].
+
+        hidden_TD: for a draft module, whose states are those of the out rows [R, D].
+        """
+
+
+@runtime_checkable
+class PassOps(Protocol):
+    """Operations that can do a whole pass in one call, with the bits of the single operations."""
+
+    def whole_pass(self, parts: PassParts, pages: Sequence[Tensor]) -> WholePass:
+        """pages: of each layer, for as long as the pass is used."""
 
 
 class SplitOps(Ops, Protocol):

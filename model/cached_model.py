@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from rayseek.kernels.ops import Ops, PassOps, PassParts, WholePass
 from rayseek.model.batch import Batch
 from rayseek.model.decode_graphs import DecodeGraphs
 from rayseek.model.latent_cache import LatentCache
@@ -22,8 +23,8 @@ from rayseek.model.transformer import Transformer
 class Passed:
     """What a pass brought: logits float32 [R, V] of the batch's out rows.
 
-    normed_TD: hidden states after the final norm, of every row, for the next draft pass;
-    None from a model that does not draft.
+    normed_TD: hidden states after the final norm, for the next draft pass: of every row, after a
+    draft of the out rows only; None from a model that does not draft.
     """
 
     logits_RV: Tensor
@@ -57,6 +58,10 @@ class CachedModel:
             widths = config.vocab_size, config.hidden_size
             self._graphs = DecodeGraphs(self._forward, num_pages, *widths, self.device)
         self._main = self.cache.layers[: config.num_hidden_layers]
+        self._whole = _whole_pass(transformer.ops, transformer.parts, self._main)
+        self._whole_draft = _whole_pass(
+            transformer.ops, None if mtp is None else mtp.parts, self.cache.layers[-1:]
+        )
 
     @property
     def drafts(self) -> bool:
@@ -72,6 +77,9 @@ class CachedModel:
         """The main model over new rows; writes their latents."""
         if self._graphs is not None and (passed := self._graphs.run(batch)):
             return Passed(*passed)
+        whole = self._whole
+        if whole is not None and 0 < len(batch.ids_T) <= whole.most_rows and micro_batches == 1:
+            return Passed(*whole(batch))
         return Passed(*self._forward(batch.to(self.device), micro_batches))
 
     def _forward(self, batch: Batch, micro_batches: int = 1) -> tuple[Tensor, Tensor | None]:
@@ -84,9 +92,13 @@ class CachedModel:
     def draft(self, batch: Batch, hidden_TD: Tensor) -> Passed:
         """One draft pass. batch.ids_T[t] follows the token at whose position hidden_TD[t] is.
 
-        hidden_TD: rows of `normed_TD` from `forward`, or from `draft` to look further ahead.
+        hidden_TD: rows of `normed_TD` from `forward`, or from `draft` to look further ahead. Rows
+        that are not out rows only write their latents, as by `remember`.
         """
         assert self.mtp is not None
+        whole = self._whole_draft
+        if whole is not None and 0 < len(batch.ids_T) <= whole.most_rows:
+            return Passed(*whole(batch, hidden_TD))
         hidden_TD = hidden_TD.to(self.device)
         return Passed(*self.mtp(batch.to(self.device), hidden_TD, self.cache.layers[-1]))
 
@@ -95,3 +107,8 @@ class CachedModel:
         assert self.mtp is not None
         hidden_TD = hidden_TD.to(self.device)
         self.mtp.remember(batch.to(self.device), hidden_TD, self.cache.layers[-1])
+
+
+def _whole_pass(ops: Ops, parts: PassParts | None, pages: list[Tensor]) -> WholePass | None:
+    """For batches of few rows, where operations and model allow it."""
+    return ops.whole_pass(parts, pages) if isinstance(ops, PassOps) and parts else None

@@ -38,6 +38,7 @@ class MLA:
         self.kv_norm = norm("self_attn.kv_a_layernorm")
         kv_a = weights.weight(f"{attn}.kv_a_proj_with_mqa.weight")
         self.q_b: Any = None
+        self.q_norm: Norm | None = None
         if config.q_lora_rank is None:
             self.q_width = config.num_attention_heads * config.qk_head_dim
             first = weights.weight(f"{attn}.q_proj.weight")
@@ -54,19 +55,34 @@ class MLA:
         self.kv_b = ops.pack(kv_b) if form == "naive" else None
         self.o = ops.pack(weights.weight(f"{attn}.o_proj.weight"))
 
-    def __call__(self, x_TD: Tensor, batch: Batch, pages: Tensor, cos_sin_PR: Tensor) -> Tensor:
-        """x_TD float32 -> [T, D]; writes the rows' latents into `pages` first."""
+    def __call__(
+        self,
+        x_TD: Tensor,
+        batch: Batch,
+        pages: Tensor,
+        cos_sin_PR: Tensor,
+        rows_R: Tensor | None = None,
+    ) -> Tensor:
+        """x_TD float32 -> [T, D]; writes the rows' latents into `pages` first.
+
+        rows_R: int64, the only rows that go on from there: [R, D].
+        """
         ops, c = self.ops, self.config
         q = self.remember(x_TD, batch, pages, cos_sin_PR)
+        sequence, positions = batch.sequence_T, batch.positions_T
+        if rows_R is not None:
+            x_TD, q, sequence = x_TD[rows_R], q[rows_R], sequence[rows_R]
+            positions = positions[rows_R]
         if self.q_b is not None:
             q = ops.linear(q, self.q_b, norm=self.q_norm)
         q_THW = q.reshape(len(x_TD), c.num_attention_heads, c.qk_head_dim)
         if self.form == "naive":
+            assert rows_R is None, "the naive form computes every row"
             heads = self._naive(q_THW, batch, pages, cos_sin_PR)
         else:
             heads = ops.attend(
                 q_THW, self.w_uk, self.w_uv, cos_sin_PR, pages, batch.page_table_BP,
-                batch.sequence_T, batch.positions_T, c.softmax_scale,
+                sequence, positions, c.softmax_scale,
             )  # fmt: skip
         return ops.linear(heads, self.o, residual_TN=x_TD)
 

@@ -8,17 +8,32 @@ knows where an expert lives. It has three steps, so that others can compute whil
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from rayseek.kernels.ops import Norm, Ops, Weight
+from rayseek.kernels.ops import MoeParts, Norm, Ops, Weight
 from rayseek.model.checkpoint import Weights
 from rayseek.model.config import ModelConfig
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertsHere:
+    """All experts of a layer as one packed value.
+
+    rows_E: int64, in which the rows of each are to be counted, if they are.
+    """
+
+    packed: Any
+    rows_E: Tensor | None = None
+
+
 class Experts(Protocol):
     """The routed experts of one layer."""
+
+    @property
+    def here(self) -> ExpertsHere | None:
+        """The experts themselves, if all are in this process; `begin` is then one way of many."""
 
     def begin(self, x_TD: Tensor, expert_TK: Tensor) -> ExpertsUnderway:
         """Start on rows, float32, for int32 logical experts, ascending in a row."""
@@ -92,6 +107,10 @@ class LocalExperts:
             [weights.weight(f"{name}.down_proj.weight") for name in names],
         )
 
+    @property
+    def here(self) -> ExpertsHere:
+        return ExpertsHere(self.packed)
+
     def begin(self, x_TD: Tensor, expert_TK: Tensor) -> ExpertsUnderway:
         return _LocalRows(self, x_TD, expert_TK)
 
@@ -128,6 +147,17 @@ class MoE:
         shared = f"{prefix}.mlp.shared_experts"
         self.shared_gate_up = ops.pack_stack(_gate_up(weights, shared))
         self.shared_down = ops.pack(weights.weight(f"{shared}.down_proj.weight"))
+
+    @property
+    def parts(self) -> MoeParts | None:
+        """What routes and the routed experts; None where they are not all here."""
+        c, here = self.config, self.experts.here
+        if here is None:
+            return None
+        return MoeParts(
+            self.gate, self.bias_E, c.n_group, c.topk_group, c.num_experts_per_tok,
+            c.norm_topk_prob, c.routed_scaling_factor, here.packed, here.rows_E,
+        )  # fmt: skip
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         under_way = self.begin(x_TD)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rayseek.kernels.ops import Norm, Ops
+from rayseek.kernels.ops import Norm, Ops, PassParts
 from rayseek.model.batch import Batch
 from rayseek.model.checkpoint import Weights
 from rayseek.model.config import ModelConfig
@@ -43,21 +43,31 @@ class MTPModule:
         )  # fmt: skip
         self.final_norm = norm("shared_head.norm")
 
-    def __call__(self, batch: Batch, hidden_TD: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """Draft logits float32 [R, V] for the out rows, and the normed states [T, D]."""
-        normed_TD = self.states(batch, hidden_TD, pages)
-        return self.ops.linear(normed_TD[batch.out_rows_R], self.main.head), normed_TD
+    @property
+    def parts(self) -> PassParts | None:
+        """What a whole pass of this module needs; None where it would not be the same."""
+        join = self.embedding_norm, self.eh_proj, self.hidden_norm
+        return self.main.pass_of([self.block], self.final_norm, join)
 
-    def states(self, batch: Batch, hidden_TD: Tensor, pages: Tensor) -> Tensor:
+    def __call__(self, batch: Batch, hidden_TD: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Draft logits float32 [R, V] and normed states [R, D] of the out rows."""
+        rows_R = None if len(batch.out_rows_R) == len(batch.ids_T) else batch.out_rows_R
+        normed_RD = self.states(batch, hidden_TD, pages, rows_R)
+        return self.ops.linear(normed_RD, self.main.head), normed_RD
+
+    def states(
+        self, batch: Batch, hidden_TD: Tensor, pages: Tensor, rows_R: Tensor | None = None
+    ) -> Tensor:
         """The states [T, D] that the head makes draft logits of; writes `pages`.
 
         batch: ids are the tokens at i + 1, positions those of the hidden states i.
         hidden_TD: the main model's states after its final norm, or this module's own output when
         drafting further (spec 2.2: normed states are recycled). pages: of this module.
+        rows_R: the only rows whose states are computed; the others just write their latents.
         """
         ops, main = self.ops, self.main
         x_TD = self._joined(batch, hidden_TD)
-        x_TD = self.block.attend(x_TD, batch, pages, main.cos_sin_PR)
+        x_TD = self.block.attend(x_TD, batch, pages, main.cos_sin_PR, rows_R)
         x_TD = self.block.feed_forward(x_TD)
         return ops.rms_norm(x_TD, self.final_norm)
 

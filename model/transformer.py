@@ -7,10 +7,11 @@ processes take part is hidden behind the `Experts` callable (see `moe.py`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
-from rayseek.kernels.ops import Norm, Ops
+from rayseek.kernels.ops import LayerParts, Norm, Ops, PassParts
 from rayseek.kernels.rope import yarn_cos_sin
 from rayseek.model.batch import Batch
 from rayseek.model.checkpoint import Weights
@@ -18,7 +19,7 @@ from rayseek.model.config import ModelConfig
 from rayseek.model.latent_cache import LatentCache
 from rayseek.model.micro_batches import run_blocks
 from rayseek.model.mla import MLA, Form
-from rayseek.model.moe import DenseMLP, Experts, FeedForward, LocalExperts, MoE
+from rayseek.model.moe import DenseMLP, Experts, LocalExperts, MoE
 
 ExpertsFactory = Callable[[str], Experts]
 
@@ -52,11 +53,27 @@ class Block:
             weights.tensor(f"{prefix}.post_attention_layernorm.weight").float(),
             config.rms_norm_eps,
         )
-        self.feed_forward: FeedForward
+        self.feed_forward: DenseMLP | MoE
         if config.is_moe(layer):
             self.feed_forward = MoE(config, weights, prefix, norm, ops, experts(prefix))
         else:
             self.feed_forward = DenseMLP(weights, prefix, norm, ops)
+
+    @property
+    def parts(self) -> LayerParts | None:
+        """What a whole pass needs of this layer; None where it would not be the same."""
+        a, ffn = self.attend, self.feed_forward
+        if a.form != "absorbed":
+            return None
+        attention = (
+            a.input_norm, a.q_and_kv_a, a.q_norm, a.q_b, a.kv_norm, a.w_uk, a.w_uv, a.o, ffn.norm,
+        )  # fmt: skip
+        if isinstance(ffn, DenseMLP):
+            return LayerParts(*attention, ffn.gate_up, ffn.down, None)
+        moe = ffn.parts
+        if moe is None:
+            return None
+        return LayerParts(*attention, ffn.shared_gate_up, ffn.shared_down, moe)
 
 
 class Transformer:
@@ -88,6 +105,23 @@ class Transformer:
         ]
         self.final_norm = Norm(weights.tensor("model.norm.weight").float(), config.rms_norm_eps)
         self.head = ops.pack(weights.weight("lm_head.weight"))
+
+    @property
+    def parts(self) -> PassParts | None:
+        """What a whole pass of this model needs; None where it would not be the same."""
+        return self.pass_of(self.blocks, self.final_norm)
+
+    def pass_of(
+        self, blocks: list[Block], final_norm: Norm, join: tuple[Norm, Any, Norm] | None = None
+    ) -> PassParts | None:
+        """The same for other blocks between this model's embedding and head."""
+        layers = [layer for block in blocks if (layer := block.parts) is not None]
+        if len(layers) < len(blocks) or not self.embed_VD.is_contiguous():
+            return None
+        return PassParts(
+            self.embed_VD, join, layers, final_norm, self.head, self.cos_sin_PR,
+            self.config.softmax_scale,
+        )  # fmt: skip
 
     def hidden(self, batch: Batch, layers: list[Tensor], micro_batches: int = 1) -> Tensor:
         """Hidden states float32 [T, D] before the final norm; writes the pages of its layers.

@@ -84,21 +84,23 @@ class ForesightModel(CachedModel):
 
     def draft(self, batch: Batch, hidden_TD: Tensor) -> Passed:
         super().draft(batch, hidden_TD)
-        positions = batch.positions_T.long() + 1
+        out_R = batch.out_rows_R
+        positions = batch.positions_T[out_R].long() + 1
         page = batch.page_table_BP[
-            batch.sequence_T.long(),
+            batch.sequence_T[out_R].long(),
             (positions // PAGE_TOKENS).clamp(max=batch.page_table_BP.shape[1] - 1),
         ]
-        ahead = replace(
-            batch, positions_T=positions.int(), slots_T=page * PAGE_TOKENS + positions % PAGE_TOKENS
-        )
-        ok = (positions // PAGE_TOKENS == batch.positions_T.long() // PAGE_TOKENS).tolist()
+        ahead = Batch(
+            batch.ids_T[out_R], positions.int(), page * PAGE_TOKENS + positions % PAGE_TOKENS,
+            batch.sequence_T[out_R], batch.page_table_BP, torch.arange(len(out_R)),
+        )  # fmt: skip
+        ok = (positions % PAGE_TOKENS != 0).tolist()
         logits = super().forward(ahead).logits_RV if all(ok) else torch.zeros(len(ok), 2048)
         for r, position in enumerate(positions.tolist()):
             if not ok[r] or position * 7919 % 100 < 100 * self.blur:
                 self.blurred += 1
                 logits[r] = 0.0
-        return Passed(logits, hidden_TD)
+        return Passed(logits, hidden_TD[out_R])
 
 
 STEP = Limits(max_batch=16, step_tokens=256, chunk_tokens=64)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 
 from rayseek.cluster.build import build_engine
+from rayseek.cluster.copies import Asking, Sources, Taken
 from rayseek.cluster.engine import Engine
 from rayseek.cluster.expert_tally import ExpertTally
 from rayseek.cluster.participant import OnBroken, Participant
@@ -15,21 +17,35 @@ from rayseek.cluster.spec import RankSpec
 from rayseek.kernels.select import choose_ops, device_for
 from rayseek.model.checkpoint import Checkpoint
 from rayseek.model.expert_slots import ExpertSlots, ExpertStore
+from rayseek.model.fingerprint import fingerprint
+
+log = logging.getLogger("rayseek.experts")
 
 
 class ExpertLoader:
-    """Loads what a placement gives this process; what it has already is kept."""
+    """Loads what a placement gives this process; what it has already is kept.
+
+    copy: an expert for another process (ExpertStore.copy).
+    """
 
     def __init__(self, store: ExpertStore) -> None:
-        self._store = store
+        self._store, self.copy = store, store.copy
         self._slots: ExpertSlots | None = None
 
-    def load(self, placement: ExpertPlacement, holder: int) -> ExpertSlots:
-        """The slots of `holder`. One caller at a time."""
+    def load(
+        self, placement: ExpertPlacement, holder: int, sources: Sources | None = None
+    ) -> ExpertSlots:
+        """The slots of `holder`, copied from `sources` if they can be. One caller at a time."""
         lists = {layer: placement.experts_of(holder, layer) for layer in placement.slots}
         if self._slots is None or self._slots.lists != lists:
-            self._slots = self._store.load(lists, self._slots)
+            with Asking(sources, first=holder) as asking:
+                self._slots = self._store.load(lists, self._slots, asking.fetch)
+            log.info("experts so far: %s", self.taken)
         return self._slots
+
+    @property
+    def taken(self) -> Taken:
+        return Taken(**self._store.taken)
 
 
 def build_rank(

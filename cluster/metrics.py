@@ -95,6 +95,9 @@ UNIT = (
     _gauge("unit_expert_imbalance", "Time of all expert layers over that in perfect balance.",
            *OF_UNIT),
     _counter("expert_rows", "Rows that each expert got, all layers together.", *OF_UNIT, "expert"),
+    _counter("experts_taken", "Experts that a rank took in: copied from another, read from the "
+             "checkpoint; refused are copies that came damaged.", *OF_RANK, "how"),
+    _counter("expert_bytes_taken", "Bytes of those copied and those read.", *OF_RANK, "how"),
     _gauge("placement_version", "Version of the experts' placement.", *OF_UNIT),
     _gauge("unit_epoch", "Plans since the unit's start.", *OF_UNIT),
     _gauge("unit_ranks", "Ranks that take part.", *OF_UNIT, "kind"),

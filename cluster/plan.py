@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rayseek.cluster.copies import Sources, Taken
 from rayseek.cluster.placement import ExpertPlacement, Loads, make_placement, settle, without
 from rayseek.cluster.step_clock import Work
 from rayseek.cluster.transfer_counters import Transfers
@@ -26,12 +27,13 @@ Role = Literal["attention", "expert"]
 @dataclass(frozen=True, slots=True)
 class Member:
     """A process that takes part. `name` is new for every process; `store`: host:port of the
-    key-value store it offers for meeting the others."""
+    key-value store it offers for meeting the others. copies: where it gives copies of experts."""
 
     name: str
     role: Role
     node: str
     store: str
+    copies: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +56,14 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class UnitPlan:
-    """members: attention ranks first. Their order is their rank in the epoch's process group."""
+    """members: attention ranks first. Their order is their rank in the epoch's process group.
+    sources: of experts, for those who get new ones."""
 
     epoch: int
     members: tuple[Member, ...]
     placement: ExpertPlacement
     dedicated: bool
+    sources: Sources | None = None
 
     @property
     def holders(self) -> tuple[int, ...]:
@@ -107,7 +111,14 @@ def next_plan(
     if epoch is None:
         epoch = 0 if current is None else current.epoch + 1
     placement = _placement(current, holders, wanted, loads, rebalance)
-    return UnitPlan(epoch, (*attention, *experts), placement, dedicated)
+    sources = _sources(current, present) if current else None
+    return UnitPlan(epoch, (*attention, *experts), placement, dedicated, sources)
+
+
+def _sources(current: UnitPlan, present: Sequence[Member]) -> Sources:
+    there = {m.name: m.copies for m in present}
+    holders = (current.members[rank].name for rank in current.holders)
+    return Sources(current.placement, tuple(there.get(name, "") for name in holders))
 
 
 def _placement(
@@ -192,6 +203,7 @@ class Pulse:
     transfers: Transfers | None = None  # of an attention rank
     work: Work | None = None  # of an attention rank's engine
     exchanged: Exchanged | None = None  # of one that is not alone
+    taken: Taken | None = None  # likewise
 
 
 @dataclass(frozen=True, slots=True)

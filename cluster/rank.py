@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from rayseek.cluster.config import ExchangeSettings
+from rayseek.cluster.copies import CopyServer, Taken
 from rayseek.cluster.dispatch import RankAddress
 from rayseek.cluster.logs import start_logging
 from rayseek.cluster.plan import Member, Pulse, Role, UnitPlan
@@ -63,6 +64,7 @@ class Seat:
         self._loading = asyncio.Lock()  # one load at a time, also of plans that are given up
         self._prepared: tuple[UnitPlan, ExpertSlots | None] | None = None
         self._broken: asyncio.Queue[Broken] = asyncio.Queue()
+        self._copies: CopyServer | None = None
         self._fingerprint = ""
 
     async def start(self) -> Started:
@@ -76,7 +78,11 @@ class Seat:
         address = await loop.run_in_executor(None, self._load, host, on_broken)
         port = self._participant.store_port if self._participant else 0
         node = self._spec.node or ray.get_runtime_context().get_node_id()
-        member = Member(self.name, self.role, node, f"{host}:{port}")
+        copies = ""
+        if self._expert_loader is not None and (self.role == "expert" or not self._spec.dedicated):
+            self._copies = CopyServer(self._expert_loader.copy)
+            copies = f"{host}:{self._copies.start(host)}"
+        member = Member(self.name, self.role, node, f"{host}:{port}", copies)
         return Started(member, address, self._fingerprint, self._spec.exchange)
 
     async def prepare(self, plan: UnitPlan, unit: str | None = None) -> None:
@@ -88,7 +94,7 @@ class Seat:
             loop = asyncio.get_running_loop()
             async with self._loading:
                 slots = await loop.run_in_executor(
-                    None, self._expert_loader.load, plan.placement, holder
+                    None, self._expert_loader.load, plan.placement, holder, plan.sources
                 )
         if self._prepared is None or plan.epoch > self._prepared[0].epoch:
             self._prepared = (plan, slots)
@@ -120,7 +126,12 @@ class Seat:
 
     def stop(self) -> None:
         """End every thread. (A process that is killed needs none of this.)"""
-        raise NotImplementedError
+        if self._copies is not None:
+            self._copies.stop()
+
+    @property
+    def _taken(self) -> Taken | None:
+        return self._expert_loader.taken if self._expert_loader is not None else None
 
     def _load(self, host: str, on_broken: OnBroken) -> RankAddress | None:
         raise NotImplementedError
@@ -146,6 +157,7 @@ class Rank(Seat):
         return RankAddress(self.name, f"{host}:{port}")
 
     def stop(self) -> None:
+        super().stop()
         self._server.stop()
 
     async def retire(self) -> None:
@@ -159,7 +171,7 @@ class Rank(Seat):
         counter = self._participant
         rows = counter.take_expert_rows() if counter else self._tally.take()
         transfers = self._server.engine_loop.transfers.counters.so_far
-        return replace(pulse, expert_rows=rows, transfers=transfers)
+        return replace(pulse, expert_rows=rows, transfers=transfers, taken=self._taken)
 
 
 class ExpertRank(Seat):
@@ -223,6 +235,7 @@ class ExpertRank(Seat):
         take_part_for_ever(self._participant)
 
     def stop(self) -> None:
+        super().stop()
         if self._participant is not None:
             self._participant.close()
             self._thread.join()
@@ -232,4 +245,5 @@ class ExpertRank(Seat):
         if not self._thread.is_alive():
             raise RuntimeError("the experts' thread has died; this rank's log says of what")
         assert self._participant is not None
-        return replace(self._participant.pulse, expert_rows=self._participant.take_expert_rows())
+        pulse, rows = self._participant.pulse, self._participant.take_expert_rows()
+        return replace(pulse, expert_rows=rows, taken=self._taken)

@@ -212,6 +212,22 @@ class Failed(_message.Message):
     message: str
     def __init__(self, handle: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
+class CopyOf(_message.Message):
+    __slots__ = ("layer", "expert")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    expert: int
+    def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ...) -> None: ...
+
+class Piece(_message.Message):
+    __slots__ = ("digest", "data")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    data: bytes
+    def __init__(self, digest: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
+
 class Load(_message.Message):
     __slots__ = ("running", "waiting", "pages_held", "pages_total", "prompt_tokens_queued")
     RUNNING_FIELD_NUMBER: _ClassVar[int]

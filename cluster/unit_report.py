@@ -229,6 +229,12 @@ class UnitReport:
             self._totals.take(name, "exchange_bytes", exchanged.bytes, **labels)
             for stage, seconds in exchanged.seconds.items():
                 self._totals.take(name, "exchange_seconds", seconds, **labels, stage=stage)
+        if (taken := pulse.taken) is not None:
+            counts = {"copied": taken.copied, "read": taken.read, "refused": taken.refused}
+            for how, count in counts.items():
+                self._totals.take(name, "experts_taken", count, **labels, how=how)
+            for how, count in {"copied": taken.copied_bytes, "read": taken.read_bytes}.items():
+                self._totals.take(name, "expert_bytes_taken", count, **labels, how=how)
         if (done := pulse.transfers) is not None:
             requests = {"fetched": done.fetched, "partly": done.partly, "fallback": done.fallbacks}
             for outcome, count in requests.items():

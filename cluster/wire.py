@@ -23,6 +23,7 @@ from rayseek.cluster.tokens_pb2 import (
 SERVICE = "rayseek.TokenChannel"
 METHOD = "Open"
 FETCH = "Fetch"
+COPY = "Copy"
 
 _TO_WIRE = {
     None: RUNNING,

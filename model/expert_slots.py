@@ -2,8 +2,8 @@
 
 `ExpertSlots` is what a placement gives a process, for all its MoE layers, and never changes. The
 next placement's is made beside it (`ExpertStore.load`), sharing the experts that stay, while the
-old one computes. An expert comes from the checkpoint or as a copy from a process that has it; a
-copy is checked against the digest that its sender took when it loaded the expert itself.
+old one computes. An expert comes as a copy from a process that has it, or from the checkpoint; a
+copy is checked against the digest that its sender took when it got the expert itself.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from rayseek.model.inventory import SCALE_SUFFIX
 log = logging.getLogger("rayseek.experts")
 
 DIGEST_BYTES = 16
+AT_ONCE = 4  # copies that are asked for
 Key = tuple[int, int]  # layer, logical expert
 
 
@@ -36,7 +38,8 @@ class ExpertCopy:
 
 
 Fetch = Callable[[int, int], ExpertCopy | None]
-"""Asks others for (layer, expert); None: nobody can give it, so the checkpoint must."""
+"""Asks others for (layer, expert); None: nobody can give it, so the checkpoint must. Called in
+several threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +86,17 @@ class ExpertSlots:
 
 
 class ExpertStore:
-    """Loads experts of `checkpoint`, packed for `ops`. One caller at a time.
+    """Loads experts of `checkpoint`, packed for `ops`: one caller at a time. Others may ask for
+    copies meanwhile.
 
-    rejected: copies that did not match their digest and were loaded from the checkpoint instead.
-    copied: those that did.
+    taken: how many experts and bytes were copied from others and read from the checkpoint so
+    far, and how many copies were refused, because they came damaged.
     """
 
     def __init__(self, checkpoint: Checkpoint, ops: SplitOps) -> None:
         self._checkpoint, self._ops = checkpoint, ops
-        self.rejected = self.copied = 0
+        self._digests: dict[Key, bytes] = {}
+        self.taken = dict.fromkeys(("copied", "copied_bytes", "read", "read_bytes", "refused"), 0)
 
     def load(
         self,
@@ -116,57 +121,71 @@ class ExpertStore:
     def _layer(
         self, layer: int, experts: Sequence[int], before: ExpertSlots | None, fetch: Fetch | None
     ) -> _Layer:
-        held: dict[int, _Held] = {}
-        missing: list[Key] = []
-        for expert in dict.fromkeys(experts):
-            found = before.held(layer, expert) if before is not None else None
-            if found is None and fetch is not None:
-                found = self._copied((layer, expert), fetch)
-            if found is None:
-                missing.append((layer, expert))
-            else:
-                held[expert] = found
+        kept = [before.held(layer, expert) if before is not None else None for expert in experts]
+        held = {one: found for one, found in zip(experts, kept, strict=True) if found is not None}
+        missing = [(layer, expert) for expert in dict.fromkeys(experts) if expert not in held]
+        if missing and fetch is not None:
+            held |= self._copied(missing, fetch)
+            missing = [key for key in missing if key[1] not in held]
         if missing:
             names = [name for key in missing for name in self._names(key)]
             weights = self._checkpoint.load(names, progress=False)
             for key in missing:
                 held[key[1]] = self._pack(key, weights, _digest(self._bytes(key, weights)))
+            self.taken["read"] += len(missing)
+            self.taken["read_bytes"] += sum(map(self._size, missing))
+        self._digests |= {(layer, expert): one.digest for expert, one in held.items()}
         return _Layer(
             tuple(experts),
             self._ops.join_experts([held[expert].packed for expert in experts]),
             {expert: one.digest for expert, one in held.items()},
         )
 
-    def copy(self, slots: ExpertSlots, layer: int, expert: int) -> ExpertCopy:
-        """An expert of `slots` for another process. KeyError if it is not there.
+    def copy(self, layer: int, expert: int) -> ExpertCopy:
+        """An expert for another process. KeyError if it has never been loaded here, OSError if it
+        cannot be read.
 
         The bytes are read again, for in memory they are packed; the digest is that of loading.
         """
-        digest = slots.digest(layer, expert)
-        weights = self._checkpoint.load(self._names((layer, expert)), progress=False)
-        return ExpertCopy(b"".join(self._bytes((layer, expert), weights)), digest)
+        digest, parts = self._digests[layer, expert], []
+        for name in self._names((layer, expert)):
+            entry = self._checkpoint.stored[name]
+            with (self._checkpoint.path / entry.file).open("rb") as file:
+                file.seek(entry.begin)
+                parts.append(file.read(entry.end - entry.begin))
+        return ExpertCopy(b"".join(parts), digest)
 
-    def _copied(self, key: Key, fetch: Fetch) -> _Held | None:
-        copy = fetch(*key)
-        if copy is None:
-            return None
-        names = self._names(key)
-        stored = [self._checkpoint.stored[name] for name in names]
-        size = sum(entry.end - entry.begin for entry in stored)
-        if len(copy.data) != size or _digest([copy.data]) != copy.digest:
-            self.rejected += 1
-            log.error(
-                "expert %d of layer %d: a copy of %d bytes does not match its digest; "
-                "loading it from %s", key[1], key[0], len(copy.data), self._checkpoint.path,
-            )  # fmt: skip
-            return None
-        self.copied += 1
+    def _copied(self, keys: Sequence[Key], fetch: Fetch) -> dict[int, _Held]:
+        """Those of a layer's experts that come whole from others."""
+        held = {}
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="copy") as pool:
+            for key, copy in zip(keys, pool.map(lambda key: fetch(*key), keys), strict=True):
+                if copy is None:
+                    continue
+                if len(copy.data) == self._size(key) and _digest([copy.data]) == copy.digest:
+                    held[key[1]] = self._pack(key, self._unpacked(key, copy), copy.digest)
+                    self.taken["copied"] += 1
+                    self.taken["copied_bytes"] += len(copy.data)
+                    continue
+                self.taken["refused"] += 1
+                log.error(
+                    "expert %d of layer %d: a copy of %d bytes does not match its digest; "
+                    "loading it from %s", key[1], key[0], len(copy.data), self._checkpoint.path,
+                )  # fmt: skip
+        return held
+
+    def _unpacked(self, key: Key, copy: ExpertCopy) -> Weights:
         flat, at, tensors = torch.frombuffer(bytearray(copy.data), dtype=torch.uint8), 0, {}
-        for name, entry in zip(names, stored, strict=True):
+        for name in self._names(key):
+            entry = self._checkpoint.stored[name]
             piece = flat[at : at + entry.end - entry.begin].clone()  # aligned for its dtype
             tensors[name] = piece.view(DTYPES[entry.dtype]).view(entry.shape)
             at += entry.end - entry.begin
-        return self._pack(key, Weights(tensors), copy.digest)
+        return Weights(tensors)
+
+    def _size(self, key: Key) -> int:
+        stored = [self._checkpoint.stored[name] for name in self._names(key)]
+        return sum(entry.end - entry.begin for entry in stored)
 
     def _names(self, key: Key) -> list[str]:
         """The tensors of an expert, in the order of a copy."""

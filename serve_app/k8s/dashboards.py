@@ -136,6 +136,10 @@ DASHBOARDS: dict[str, tuple[str, tuple[str, ...], tuple[Panel, ...]]] = {
     "experts": ("Rayseek: experts", ("unit", "role"), (
         Panel("Time of expert layers over perfect balance", "short", ((
             gauge("unit_expert_imbalance", of="max"), "{{unit}}"),), width=12),
+        Panel("Experts taken in", "short", ((
+            rate("experts_taken_total", UNIT, "how"), "{{how}}"),)),
+        Panel("Experts taken in", "Bps", ((
+            rate("expert_bytes_taken_total", UNIT, "how"), "{{how}}"),)),
         Panel("Version of the placement", "short", (
             (gauge("placement_version", of="max"), "{{unit}}"),),
               width=12),
@@ -203,6 +207,10 @@ ALERTS = (
           'sum(increase(ray_rayseek_transfer_pages_total{what="corrupted"}[30m])) > 0', "0m",
           "warning", "KV pages arrived with wrong checksums",
           "They were fetched again or recomputed. More than a few: suspect memory or a NIC."),
+    Alert("RayseekBadExpertCopies",
+          'sum(increase(ray_rayseek_experts_taken_total{how="refused"}[30m])) > 0', "0m",
+          "warning", "Copies of experts arrived with wrong digests",
+          "They were read from the checkpoint. More than a few: suspect memory or a NIC."),
     Alert("RayseekHandOverFails",
           'sum(rate(ray_rayseek_transfer_requests_total{outcome="fallback"}[10m])) > 0.1 * '
           "sum(rate(ray_rayseek_transfer_requests_total[10m]))", "10m", "warning",

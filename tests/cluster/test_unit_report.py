@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayseek.cluster import metrics
+from rayseek.cluster.copies import Taken
 from rayseek.cluster.expert_load import ExpertLoad
 from rayseek.cluster.logs import JsonLines, fields
 from rayseek.cluster.metrics import INGRESS, METRICS, UNIT, Totals, short
@@ -71,7 +72,7 @@ def pulse(steps: int, seconds: float = 1.0, **load: int) -> Pulse:
     return Pulse(
         0, steps, "step", False, False, 0.5, load=Load(**load), work=work,  # type: ignore[arg-type]
         exchanged=Exchanged(steps * 7, {"experts": seconds / 2}),
-        transfers=Transfers(fetched=steps),
+        transfers=Transfers(fetched=steps), taken=Taken(steps, steps * 40, 8, 320, steps // 2),
     )  # fmt: skip
 
 
@@ -128,6 +129,10 @@ def test_lone_rank_and_its_successor() -> None:
     assert book.total("kv_pages_used", rank="attention0") == 40
     assert book.total("steps") == 9 and book.total("rows", kind="prompt") == 900
     assert book.total("expert_rows", expert="0") == 9 and book.total("expert_rows") == 20
+    assert book.total("experts_taken", how="copied") == 9
+    assert book.total("experts_taken", how="read") == 8
+    assert book.total("experts_taken", how="refused") == 4
+    assert book.total("expert_bytes_taken") == 9 * 40 + 320
     assert book.total("unit_problems") == 1 and book.total("unit_ranks", kind="attention") == 1
     stats = report.to_scale_by(placement, load.rows)
     assert stats["kv_used"] == 0.4 and stats["prompt_tokens_queued"] == 500

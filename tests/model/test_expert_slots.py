@@ -89,7 +89,7 @@ def test_copies_come_from_others_and_flipped_bits_are_healed(
     def fetch(layer: int, expert: int) -> ExpertCopy | None:
         if expert > 3:
             return None
-        copy = sender.copy(had, layer, expert)
+        copy = sender.copy(layer, expert)
         data = bytearray(copy.data)
         match damage.get(expert):
             case "flip":
@@ -101,7 +101,10 @@ def test_copies_come_from_others_and_flipped_bits_are_healed(
         return replace(copy, data=bytes(data))
 
     got = receiver.load({1: [4, 2, 1, 0, 3]}, None, fetch)
-    assert (receiver.copied, receiver.rejected) == (1, 3)
+    taken = receiver.taken
+    assert (taken["copied"], taken["refused"], taken["read"]) == (1, 3, 4)
+    assert 4 * taken["copied_bytes"] == taken["read_bytes"] == sender.taken["read_bytes"]
+    assert not sender.taken["copied"]
     check(got, checkpoint, ops)
     for expert in range(4):
         assert got.digest(1, expert) == had.digest(1, expert)
@@ -112,8 +115,8 @@ def test_a_good_copy_is_used_and_not_the_checkpoint(checkpoint: Checkpoint, ops:
     """What the peer holds counts: expert 5's bytes, given as expert 0's, are computed with."""
     store = ExpertStore(checkpoint, ops)
     had = store.load({1: [5]})
-    got = store.load({1: [0]}, None, lambda layer, _: store.copy(had, layer, 5))
+    got = store.load({1: [0]}, None, lambda layer, _: store.copy(layer, 5))
     x, zero = torch.ones(1, CONFIG.hidden_size), torch.zeros(1, dtype=torch.int32)
     assert torch.equal(got.compute(1, x, zero, zero), had.compute(1, x, zero, zero))
     with pytest.raises(KeyError):
-        store.copy(had, 1, 4)
+        store.copy(1, 4)

@@ -77,4 +77,11 @@ def build_expert_rank(
     return participant, ExpertLoader(ExpertStore(checkpoint, ops))
 
 
+def fingerprint_of(spec: RankSpec) -> str:
+    """Of what a rank of this kind computes with, as an engine tells it."""
+    settings = spec.settings
+    choice = choose_ops(device_for(settings.kernels), settings.kernels, settings.threads)
+    return fingerprint(Path(spec.model_path), choice.arithmetic)
+
+
 GRACE_S = 5.0  # the leader finds out first who stands still, and kills it

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
@@ -32,9 +33,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("rayseek.dispatch")
 Count = TypeVar("Count", int, "NDArray[np.int64]")  # of one rank, or of many
 
-ANSWER_S = 5.0  # discovery gives new ranks so long to answer; the next round sees later ones
+ANSWER_S = 1.0  # discovery gives new ranks so long to answer; the next round sees later ones
 CONTINUATION_RETRY_S = 0.2
 MAX_DEATHS = 3  # a request that was on board this many dying ranks is not given to another
+MOVES_KEPT = 1000  # of those that `moved_lately` tells of
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.keepalive_time_ms", 20_000),  # a host that vanished without closing its sockets
@@ -68,7 +70,7 @@ def backlog(queued: Count, named: Count) -> Count:
 
 
 class RankLost(Exception):
-    """The stream to a rank broke while a request was on it."""
+    """The stream to a rank ended while a request was on it."""
 
 
 @dataclass(slots=True)
@@ -100,6 +102,7 @@ class RankChannel:
         self.load = Load()
         self.fingerprint = ""
         self.alive = False
+        self.retired = False  # it gave its requests back, since it is to stop
         self.prefilling = 0  # prompt tokens of ours that it was named for, and may still compute
         self._inboxes: dict[int, asyncio.Queue[News]] = {}
         self._next_handle = 0
@@ -158,6 +161,7 @@ class RankChannel:
                     self._pass_on(handle, plain_token(token_id, code))
                 for update in frame.updates:
                     self._pass_on(update.handle, update)
+            self.retired = True
         except grpc.aio.AioRpcError as error:
             log.warning("rank %s lost: %s", self.address.name, error.details())
         finally:
@@ -206,7 +210,9 @@ class Dispatcher:
         self._wanted = asyncio.Event()
         self._changed = asyncio.Condition()
         self._fingerprint = ""
-        self.moved = 0  # requests that went on elsewhere after their rank had died
+        self.moved = 0  # requests that went on elsewhere after their rank had died or stopped
+        self._moves: deque[tuple[float, str]] = deque(maxlen=MOVES_KEPT)  # when, and which
+        self._listed: set[str] = set()  # by a unit that lives; the others finish what they have
         self._refresher = asyncio.create_task(self._keep_fresh())
 
     async def close(self) -> None:
@@ -239,8 +245,9 @@ class Dispatcher:
                         yield delta
                 return
             except RankLost:
-                entry.deaths += 1
+                entry.deaths += not channel.retired
                 self.moved += 1
+                self._moves.append((time.monotonic(), request.id))
                 now = time.monotonic()
                 record("lost its rank", request.trace, now, now, rayseek__rank=channel.address.name)
                 log.warning("request %s moves on after %d tokens", request.id, len(entry.emitted))
@@ -292,10 +299,17 @@ class Dispatcher:
             naming.over()
             channel.forget(handle, finished)
 
+    def moved_lately(self, within_s: float) -> list[str]:
+        """Ids of the requests that moved in the last seconds, the newest last."""
+        since = time.monotonic() - within_s
+        return [request_id for at, request_id in self._moves if at >= since]
+
     def _alive(self, prefills: bool = False) -> list[RankChannel]:
-        """The live ranks that make tokens, or those that compute prompts for them."""
+        """The live ranks that make tokens, or those that compute prompts for them. Of these, the
+        ranks of units that stop or have lost their leader are left out if there are others."""
         channels = self._channels.values()
-        return [c for c in channels if c.alive and c.address.prefills == prefills]
+        alive = [c for c in channels if c.alive and c.address.prefills == prefills]
+        return [c for c in alive if c.address.name in self._listed] or alive
 
     def _source(self) -> RankChannel | None:
         """Who would be the first to have computed another prompt; None: nobody prefills."""
@@ -346,6 +360,7 @@ class Dispatcher:
 
     async def _refresh(self) -> None:
         known = {address.name: address for address in await self._discover()}
+        self._listed = set(known)
         for name, channel in list(self._channels.items()):
             if channel.ready.is_set() and not channel.alive:
                 del self._channels[name]

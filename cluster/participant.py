@@ -128,6 +128,12 @@ class Participant:
         self.ring()
 
     @property
+    def newest_epoch(self) -> int:
+        """Of the plans that were committed; -1: there was none."""
+        newest = self._newest
+        return newest[0].epoch if newest else -1
+
+    @property
     def pulse(self) -> Pulse:
         formed, since = self._formed, self._since
         where, waits = self._where, self._where == AGREEMENT

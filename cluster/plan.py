@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # torch stays out of the leader's process
     from rayseek.cluster.engine import Load
 
 Role = Literal["attention", "expert"]
+ITS_END = "its end"  # where a process is that has died
+LATER_S = 0.05  # so that a deadline has passed when it is looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,3 +237,9 @@ def culprits(pulses: Mapping[str, Pulse | None], deadline_s: float) -> dict[str,
         if pulse and not pulse.waits and not pulse.idle and pulse.since_s > deadline_s
     }
     return silent | stuck
+
+
+def next_look(pulses: Mapping[str, Pulse | None], deadline_s: float, at_most_s: float) -> float:
+    """In how many seconds to ask again: when the first who stands still is at its deadline."""
+    left = [deadline_s - p.since_s for p in pulses.values() if p and not p.waits and not p.idle]
+    return min([at_most_s, *(max(s, 0.0) + LATER_S for s in left)])

@@ -63,7 +63,8 @@ class Seat:
         self._expert_loader: ExpertLoader | None = None
         self._loading = asyncio.Lock()  # one load at a time, also of plans that are given up
         self._prepared: tuple[UnitPlan, ExpertSlots | None] | None = None
-        self._broken: asyncio.Queue[Broken] = asyncio.Queue()
+        self._broken: Broken | None = None
+        self._breaks = asyncio.Event()  # a new one after each
         self._copies: CopyServer | None = None
         self._fingerprint = ""
 
@@ -72,7 +73,7 @@ class Seat:
         loop = asyncio.get_running_loop()
 
         def on_broken(broken: Broken) -> None:
-            loop.call_soon_threadsafe(self._broken.put_nowait, broken)
+            loop.call_soon_threadsafe(self._breaks_now, broken)
 
         host = self._spec.host or ray.util.get_node_ip_address()
         address = await loop.run_in_executor(None, self._load, host, on_broken)
@@ -105,9 +106,17 @@ class Seat:
             raise RuntimeError(f"{self.name} has not prepared for plan {plan.epoch}")
         self._participant.commit(plan, self._prepared[1])
 
-    async def next_break(self) -> Broken:
-        """Returns when the group broke; fails when the process dies: both are for the leader."""
-        return await self._broken.get()
+    async def next_break(self, after: int) -> Broken:
+        """Returns when the group of an epoch after this one broke; fails when the process dies.
+        Both are for leaders, of which several may wait: the last is not told by the first."""
+        while self._broken is None or self._broken.epoch <= after:
+            await self._breaks.wait()
+        return self._broken
+
+    def _breaks_now(self, broken: Broken) -> None:
+        self._broken = broken
+        self._breaks.set()
+        self._breaks = asyncio.Event()
 
     async def run_forever(self) -> None:
         """Never returns: its failure is how the owner of this process learns of its death."""

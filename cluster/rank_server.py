@@ -243,6 +243,7 @@ class RankServer:
         transfer: TransferSettings | None = None,
     ) -> None:
         self._streams: dict[Stream, queue.SimpleQueue[Outbox | None]] = {}
+        self._retired = False
         self._stream_numbers = itertools.count()  # `next` is atomic: streams open in threads
         self.engine_loop = EngineLoop(engine, self._deliver, participant, transfer)
         self._pool = ThreadPoolExecutor(MAX_STREAMS, "token-channel")
@@ -274,6 +275,13 @@ class RankServer:
         self._server.start()
         return port
 
+    def retire(self) -> None:
+        """End every stream as one that is over, and new ones at once: the ingresses continue
+        their requests elsewhere, and no request counts it as a death."""
+        self._retired = True
+        for outgoing in list(self._streams.values()):
+            outgoing.put(None)
+
     def stop(self) -> None:
         """End every stream and the engine's thread."""
         self._server.stop(grace=None).wait()
@@ -290,6 +298,8 @@ class RankServer:
         """Serve one ingress. When its stream ends, for whatever reason, its requests end too."""
         stream = next(self._stream_numbers)
         outgoing = self._streams[stream] = queue.SimpleQueue()
+        if self._retired:
+            outgoing.put(None)
         handles: set[int] = set()
 
         def name(handle: int) -> str:
@@ -317,7 +327,8 @@ class RankServer:
         threading.Thread(target=read, name=f"stream-{stream}", daemon=True).start()
         try:
             # Tells the ingress that the rank is there, and with which model.
-            yield Frame(load=self._load_message(), fingerprint=self.engine_loop.fingerprint)
+            if not self._retired:
+                yield Frame(load=self._load_message(), fingerprint=self.engine_loop.fingerprint)
             while (outbox := outgoing.get()) is not None:
                 handles.difference_update(u.handle for u in outbox.updates if u.finish)
                 yield Frame(

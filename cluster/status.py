@@ -3,8 +3,10 @@ the command that starts Ray reads this before it does."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rayseek.cluster.dispatch import RankAddress
@@ -13,7 +15,7 @@ from rayseek.cluster.unit_report import UnitView
 
 log = logging.getLogger("rayseek.status")
 
-ASK_S = 5.0
+ANSWER_S = 1.0  # a leader has nothing else to do; its ranks go on without it meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +32,89 @@ class UnitStatus:
     deaths: int
 
 
-async def statuses(units: Any) -> list[UnitStatus]:
-    """Of every unit behind a deployment's handle; those that do not answer in time are left out."""
-    return [answer for answer in await _ask(units, "status") if isinstance(answer, UnitStatus)]
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """answers: of those who gave one. silent: how many others run and gave none in time."""
+
+    answers: tuple[Any, ...] = ()
+    silent: int = 0
+
+
+class Roll:
+    """Asks the units behind a deployment's handle, again and again, and remembers.
+
+    A leader that hangs hides nobody, not even its own unit: while it is silent its last word
+    counts, since its ranks serve without it. When Serve ends it, its ranks end with it.
+    """
+
+    def __init__(self, units: Any) -> None:
+        self.units = units
+        self._known: dict[str, UnitStatus] = {}
+
+    async def statuses(self) -> list[UnitStatus]:
+        """Of every unit: as it says now, or said last."""
+        heard = await ask(self.units, "status")
+        said = [answer for answer in heard.answers if isinstance(answer, UnitStatus)]
+        self._known = remembered(self._known, said, heard.silent)
+        return list(self._known.values())
+
+
+def remembered(
+    known: Mapping[str, UnitStatus], said: Iterable[UnitStatus], silent: int
+) -> dict[str, UnitStatus]:
+    """What is known after a round. `known` units that said nothing are gone, unless somebody is
+    silent: then it may be them. They take no expert ranks."""
+    now = {status.unit: status for status in said}
+    if not silent:
+        return now
+    return now | {
+        name: replace(
+            status,
+            problems=(f"{name}: its leader does not answer; its ranks go on as they were",),
+            experts_missing=0,
+        )
+        for name, status in known.items()
+        if name not in now
+    }
 
 
 async def views(units: Any) -> list[UnitView]:
-    """The same for the cluster page."""
-    return [answer for answer in await _ask(units, "view") if isinstance(answer, UnitView)]
+    """What every unit that answers tells the cluster page."""
+    heard = await ask(units, "view")
+    return [answer for answer in heard.answers if isinstance(answer, UnitView)]
 
 
-async def _ask(units: Any, what: str) -> list[Any]:
+async def ask(units: Any, what: str, *arguments: Any, limit_s: float = ANSWER_S) -> Heard:
+    """Call a method of every replica behind a deployment's handle, each under its own limit."""
+    from ray.exceptions import RayActorError
+
     try:
-        answers: list[Any] = await units.broadcast(what).results_async(
-            timeout_s=ASK_S, return_exceptions=True
-        )
+        async with asyncio.timeout(limit_s):
+            # Serve's public `results_async` gives all answers or none.
+            calls = await units.broadcast(what, *arguments)._fetch_replica_results_async()
     except Exception as error:  # there is no replica yet, or Serve's controller recovers
         log.info("no unit answers: %s", error)
-        return []
-    return answers
+        return Heard()
+    outcomes = await asyncio.gather(*(_outcome(call, limit_s) for call in calls))
+    for outcome in outcomes:
+        if isinstance(outcome, Exception) and not isinstance(outcome, TimeoutError):
+            log.info("asked for %s, a replica fails: %s", what, outcome)
+    return Heard(
+        tuple(outcome for outcome in outcomes if not isinstance(outcome, Exception)),
+        sum(
+            isinstance(outcome, Exception) and not isinstance(outcome, RayActorError)
+            for outcome in outcomes
+        ),
+    )
+
+
+async def _outcome(call: Any, limit_s: float) -> Any:
+    """What a replica answers, or an exception."""
+    try:
+        async with asyncio.timeout(limit_s):
+            return await call.get_async()
+    except TimeoutError as late:
+        call.cancel()  # else a replica that hangs would collect them
+        return late
+    except Exception as error:
+        return error

@@ -14,14 +14,13 @@ import itertools
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rayseek.cluster.dispatch import RankAddress
+from rayseek.cluster.crew import SILENT_S, Crew, Hand, last_line
 from rayseek.cluster.expert_load import ExpertLoad, pays
 from rayseek.cluster.logs import start_logging
 from rayseek.cluster.metrics import UNIT, Meter, RayMeter
@@ -32,10 +31,11 @@ from rayseek.cluster.plan import (
     UnitPlan,
     Wanted,
     culprits,
+    next_look,
     next_plan,
     problems,
 )
-from rayseek.cluster.rank import Rank, Started
+from rayseek.cluster.rank import Elsewhere, Rank, Started
 from rayseek.cluster.spec import RankSpec, UnitSpec
 from rayseek.cluster.status import UnitStatus
 from rayseek.cluster.unit_report import UnitReport, UnitView
@@ -43,39 +43,24 @@ from rayseek.cluster.unit_report import UnitReport, UnitView
 log = logging.getLogger("rayseek.unit")
 
 PULSE_S = 1.0
-PULSE_TIMEOUT_S = 10.0  # who is silent for so long hangs, whatever a step may take
 SETTLE_S = 0.03  # deaths come in groups: a node takes several ranks with it
 RETRY_S = 0.2
+ENGAGE_S = 2.0  # for an expert rank to say that it is free
+REFUSED_S = 30.0  # a refusal is told for so long, unless it is repeated
+FINISH_S = 20.0  # for the requests on board when the unit is to stop; less than Serve's grace
+RETIRE_S = 2.0
 RANK_ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
-@dataclass(slots=True)
-class Hand:
-    """A process of the unit, as its leader knows it."""
-
-    actor: Any
-    member: Member
-    address: RankAddress | None = None
-    watch: asyncio.Task[None] | None = None
-    leaving: bool = False
-
-
-@dataclass(slots=True)
-class Company:
-    """Who is there, and what has happened to them."""
-
-    hands: dict[str, Hand] = field(default_factory=dict)
-    deaths: int = 0
-    broken_epoch: int = -1
-
-    @property
-    def present(self) -> list[Member]:
-        return [hand.member for hand in self.hands.values() if not hand.leaving]
-
-
-def rank_options(spec: RankSpec) -> dict[str, Any]:
-    """Of the actor of any rank. Its CPU is what its placement group keeps free, not a resource."""
-    return {"num_cpus": 0, "num_gpus": spec.gpus, "runtime_env": {"env_vars": RANK_ENV}}
+def rank_options(spec: RankSpec, name: str) -> dict[str, Any]:
+    """Of the actor of any rank; `name` is what the dashboard calls it. Its CPU is what its
+    placement group keeps free, not a resource."""
+    return {
+        "name": name,
+        "num_cpus": 0,
+        "num_gpus": spec.gpus,
+        "runtime_env": {"env_vars": RANK_ENV},
+    }
 
 
 class Unit:
@@ -89,11 +74,13 @@ class Unit:
         self._report = UnitReport(self._id, spec.role, spec.wanted, meter or RayMeter(UNIT))
         self._lone = _all_on_one(spec.wanted) if spec.rank.alone else None
         self._numbers = itertools.count()
-        self._company = Company()
+        self._company = Crew(self._id)
         self._plan: UnitPlan | None = None
         # Expert ranks outlive their leader and follow larger epochs only: count from the clock.
-        self._epoch = time.time_ns() // 1_000_000
+        self._epoch = _clock()
         self._why = "it starts"
+        self._refused: tuple[str, float] | None = None  # why a process was, and when
+        self._following: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._rebalance = False
         self._began = self._rebalanced = time.monotonic()
@@ -110,16 +97,13 @@ class Unit:
     async def status(self) -> UnitStatus:
         """Who serves here right now, and what is missing."""
         company = self._company
-        serves = self._spec.rank.alone or self._plan is not None
         experts = [m.name for m in company.present if m.role == "expert"]
         room = self._wanted.experts + self._spec.spares - len(experts)
         return UnitStatus(
             unit=self._id,
             role=self._spec.role,
             epoch=self._plan.epoch if self._plan else -1,
-            ranks=tuple(
-                h.address for h in company.hands.values() if serves and h.address and not h.leaving
-            ),
+            ranks=company.serving,
             problems=tuple(f"{self._id}: {sentence}" for sentence in self._problems),
             expert_ranks=tuple(experts),
             experts_missing=room if self._wanted.experts else 0,
@@ -135,11 +119,23 @@ class Unit:
         return self._report.to_scale_by(self._placement, self._load.rows)
 
     async def attach(self, unit: str, actor: Any, started: Started) -> bool:
-        """Take an expert rank in, if `unit` is meant and it has room. Its death ends the bond."""
-        status = await self.status()
-        if unit != self._id or status.experts_missing <= 0:
+        """Take an expert rank in: if `unit` is meant, has room, and the rank belongs there and is
+        free. Its death ends the bond."""
+        name, hands = started.member.name, self._company.hands
+        if unit != self._id:
             return False
-        self._join(actor, started)
+        if name not in hands:
+            if (await self.status()).experts_missing <= 0 or not self._fits(started):
+                return False
+            try:
+                async with asyncio.timeout(ENGAGE_S):
+                    newest = await actor.engage.remote(self._id)
+            except (Elsewhere, ray.exceptions.RayError, TimeoutError) as error:
+                log.warning("%s does not come: %s", name, last_line(error))
+                return False
+            self._epoch = max(self._epoch, newest)
+            if name not in hands:  # it may have been offered twice
+                self._join(actor, started).broken = newest
         return True
 
     async def detach(self, name: str) -> None:
@@ -153,11 +149,32 @@ class Unit:
             await asyncio.sleep(0.05)
         await self._adopted(self._plan)
         self._part(name, "it left")
+        with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+            async with asyncio.timeout(ENGAGE_S):
+                await hand.actor.dismiss.remote(self._id)
 
     async def rebalance(self) -> None:
         """Spread the experts anew by their load, now."""
         self._rebalance = True
         self._changed.set()
+
+    async def retire(self) -> None:
+        """Let requests end that are about to, then hand the others over to the ingresses, which
+        continue them elsewhere. To be called when no ingress sends new ones here any more."""
+        deadline = time.monotonic() + FINISH_S
+        while self._report.requests and time.monotonic() < deadline:
+            await asyncio.sleep(PULSE_S / 2)
+        log.info("%s stops, and hands %d requests over", self._id, self._report.requests)
+        ranks = [h for h in self._company.hands.values() if h.member.role == "attention"]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RETIRE_S):
+                await asyncio.gather(
+                    *(_of(h.actor.retire.remote()) for h in ranks), return_exceptions=True
+                )
+
+    async def __del__(self) -> None:
+        """Serve's way of saying goodbye, before the process ends."""
+        await self.retire()
 
     async def check_health(self) -> None:
         """Serve's health check: the leader is fine as long as it looks after its ranks."""
@@ -173,9 +190,12 @@ class Unit:
     def _problems(self) -> list[str]:
         if self._spec.rank.alone:
             return [] if self._company.hands else ["its rank is being started"]
-        if self._plan is None:
-            return [self._why]
-        return problems(self._plan, self._company.present, self._wanted)
+        found = [self._why]
+        if self._plan is not None:
+            found = problems(self._plan, self._company.present, self._wanted)
+        if found and self._refused and time.monotonic() - self._refused[1] < REFUSED_S:
+            found.append(self._refused[0])
+        return found
 
     @property
     def _state(self) -> tuple[list[Member], ExpertPlacement | None, Loads, list[str], int]:
@@ -195,12 +215,13 @@ class Unit:
             try:
                 async with asyncio.timeout(self._spec.rank.settings.load_timeout_s):
                     started = await actor.start.remote()
-                hand = self._join(actor, started)
-                served = True
-                assert hand.watch is not None
-                await asyncio.wait([hand.watch])
+                if self._fits(started):
+                    hand = self._join(actor, started)
+                    served = True
+                    assert hand.watch is not None
+                    await asyncio.wait([hand.watch])
             except (ray.exceptions.RayError, TimeoutError) as error:
-                log.error("rank %s did not start: %s", name, _last_line(error))
+                log.error("rank %s did not start: %s", name, last_line(error))
             finally:
                 self._kill(actor)
             if not served:
@@ -208,7 +229,7 @@ class Unit:
 
     def _spawn(self, index: int, name: str) -> Any:
         group = ray.util.get_current_placement_group()
-        options: dict[str, Any] = rank_options(self._spec.rank)
+        options: dict[str, Any] = rank_options(self._spec.rank, name)
         if group is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 group, placement_group_bundle_index=self._spec.bundles[index]
@@ -219,21 +240,35 @@ class Unit:
         with contextlib.suppress(Exception):
             ray.kill(actor)
 
+    def _fits(self, started: Started) -> bool:
+        why = self._company.misfit(started, self._spec.rank.exchange)
+        if why is not None:
+            if self._refused is None or self._refused[0] != why:
+                log.error("%s", why)
+            self._refused = (why, time.monotonic())
+        return why is None
+
     def _join(self, actor: Any, started: Started) -> Hand:
         hand = self._company.hands[started.member.name] = Hand(
-            actor, started.member, started.address
+            actor, started, serves=self._spec.rank.alone
         )
         hand.watch = asyncio.create_task(self._watch(hand))
         log.info("%s joins %s", started.member.name, self._id)
+        if started.member.role == "attention":  # which decides what the others must be
+            for name, other in list(self._company.hands.items()):
+                if other.member.role == "expert" and not self._fits(other.started):
+                    self._part(name, "it does not belong here")
         self._changed.set()
         return hand
 
     def _part(self, name: str, why: str) -> None:
-        hand = self._company.hands.pop(name, None)
+        hand = self._company.forget(name)
         if hand is None:
             return
-        log.error("%s is lost to %s: %s", name, self._id, why)
-        if not hand.leaving:
+        if hand.leaving:
+            log.info("%s leaves %s: %s", name, self._id, why)
+        else:
+            log.error("%s is lost to %s: %s", name, self._id, why)
             self._company.deaths += 1
         self._changed.set()
 
@@ -241,51 +276,39 @@ class Unit:
         """Until it dies. A call that waits in the process fails some 20 ms after its death."""
         try:
             while True:
-                broken = await hand.actor.next_break.remote()
+                broken = await hand.actor.next_break.remote(hand.broken)
+                hand.broken = broken.epoch
                 if broken.epoch > self._company.broken_epoch:  # else it is late with old news
                     self._company.broken_epoch = broken.epoch
                     self._changed.set()
         except ray.exceptions.RayError as error:
-            self._part(hand.member.name, _last_line(error))
+            self._part(hand.member.name, last_line(error))
 
     async def _take_pulses(self) -> None:
         """Ask everybody how they are, once a second; kill whom the others wait for too long."""
         deadline = self._spec.rank.settings.step_timeout_s
-        last = time.monotonic()
+        last, pause = time.monotonic(), PULSE_S
         while True:
-            await asyncio.sleep(PULSE_S)
-            hands = list(self._company.hands.values())
-            patience = min(deadline, PULSE_TIMEOUT_S)
-            answers = await asyncio.gather(*(self._pulse(hand, patience) for hand in hands))
-            pulses = {h.member.name: p for h, p in zip(hands, answers, strict=True)}
+            await asyncio.sleep(pause)
+            hands = dict(self._company.hands)
+            pulses = await self._company.pulses(PULSE_S, min(deadline, SILENT_S))
+            pause = next_look(pulses, deadline, PULSE_S)
+            for name, hand in hands.items():
+                if hand.elsewhere is not None:
+                    self._part(name, hand.elsewhere)
             for name, why in culprits(pulses, deadline).items():
-                hand = self._company.hands.get(name)
-                if hand is not None:
+                if name in self._company.hands:
                     waits = "; ".join(
                         f"{n} at {p.where}" for n, p in pulses.items() if p and p.waits
                     )
                     log.error("killing %s: %s. Waiting for it: %s", name, why, waits or "nobody")
-                    self._kill(hand.actor)
+                    self._kill(hands[name].actor)
                     self._part(name, why)
             self._load.age(time.monotonic() - last)
             last = time.monotonic()
             self._count_rows(pulses)
-            self._report.take(last, pulses, self._plan)
+            self._report.take(last, {name: pulses.get(name) for name in hands}, self._plan)
             self._report.publish(self._plan, *self._state)
-
-    async def _pulse(self, hand: Hand, deadline: float) -> Pulse | None:
-        """None: no answer in time, or one that says that it can not go on."""
-        try:
-            async with asyncio.timeout(deadline):
-                pulse: Pulse = await hand.actor.pulse.remote()
-                return pulse
-        except ray.exceptions.RayTaskError as error:
-            log.error("%s: %s", hand.member.name, _last_line(error))
-            return None
-        except ray.exceptions.RayError:
-            return Pulse(-1, 0, "its end", waits=False, idle=True, since_s=0)  # its watch knows
-        except TimeoutError:
-            return None
 
     def _count_rows(self, pulses: dict[str, Pulse | None]) -> None:
         plan, exchange, placement = self._plan, self._spec.rank.exchange, self._placement
@@ -323,7 +346,8 @@ class Unit:
             if not self._outdated():
                 continue
             patient = time.monotonic() - self._began < self._spec.start_patience_s
-            self._epoch += 1  # also of an attempt that fails: no two plans share a number
+            # Also of an attempt that fails: no two plans share a number.
+            self._epoch = max(self._epoch + 1, _clock())
             plan = next_plan(
                 self._plan, self._company.present, self._wanted, self._load.rows,
                 rebalance=self._rebalance, complete=self._plan is None and patient,
@@ -368,36 +392,51 @@ class Unit:
             self._rebalance = False
             await _all(h.actor.commit.remote(plan) for h in crew)
         except ray.exceptions.RayError as error:
-            log.warning("plan %d cannot be followed: %s", plan.epoch, _last_line(error))
+            log.warning("plan %d cannot be followed: %s", plan.epoch, last_line(error))
             return False
         finally:
             change.cancel()
             preparing.cancel()
         log.info("epoch %d of %s: %s", plan.epoch, self._id, [m.name for m in plan.members])
+        if self._following is not None:
+            self._following.cancel()
+        self._following = asyncio.create_task(self._adopted(plan))
         return True
 
     async def _prepared(self, plan: UnitPlan, crew: list[Hand]) -> bool:
         """Whether all could prepare. A process that could not, or not in time, is killed."""
         limit = self._spec.rank.settings.load_timeout_s
         outcomes = await asyncio.gather(
-            *(asyncio.wait_for(_of(h.actor.prepare.remote(plan)), limit) for h in crew),
+            *(asyncio.wait_for(_of(h.actor.prepare.remote(plan, self._id)), limit) for h in crew),
             return_exceptions=True,
         )
         for hand, outcome in zip(crew, outcomes, strict=True):
-            if isinstance(outcome, BaseException):
-                why = f"it cannot prepare for plan {plan.epoch}: {_last_line(outcome)}"
+            if isinstance(outcome, Elsewhere):
+                self._part(hand.member.name, last_line(outcome))
+            elif isinstance(outcome, BaseException):
+                why = f"it cannot prepare for plan {plan.epoch}: {last_line(outcome)}"
                 self._kill(hand.actor)
                 self._part(hand.member.name, why)
         return not any(isinstance(outcome, BaseException) for outcome in outcomes)
 
     async def _adopted(self, plan: UnitPlan | None) -> None:
-        """Until all members follow the plan, or a newer one."""
+        """Until all members follow the plan, or a newer one; who does may get requests."""
         while plan is not None and self._plan is plan:
             hands = [self._company.hands.get(m.name) for m in plan.members]
-            pulses = await asyncio.gather(*(self._pulse(h, PULSE_S) for h in hands if h))
-            if all(p is not None and p.epoch >= plan.epoch for p in pulses):
+            follows = await asyncio.gather(*(_follows(h, plan.epoch) for h in hands if h))
+            if all(follows):
                 return
             await asyncio.sleep(0.05)
+
+
+async def _follows(hand: Hand, epoch: int) -> bool:
+    try:
+        async with asyncio.timeout(PULSE_S):
+            reached = await hand.actor.epoch.remote() >= epoch
+    except (ray.exceptions.RayError, TimeoutError):
+        return False
+    hand.serves = hand.serves or reached
+    return bool(reached)
 
 
 def _all_on_one(wanted: Wanted) -> ExpertPlacement:
@@ -406,13 +445,14 @@ def _all_on_one(wanted: Wanted) -> ExpertPlacement:
     return ExpertPlacement(0, dict.fromkeys(wanted.layers, experts), wanted.num_experts, (0,))
 
 
+def _clock() -> int:
+    """Milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
 async def _of(reference: Any) -> None:
     await reference
 
 
 async def _all(references: Iterable[Any]) -> None:
     await asyncio.gather(*references)
-
-
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().rpartition("\n")[2] or type(error).__name__

@@ -13,7 +13,7 @@ import numpy as np
 from rayseek.cluster.expert_load import imbalance
 from rayseek.cluster.metrics import Meter, Totals
 from rayseek.cluster.placement import ExpertPlacement, Loads, holder_loads
-from rayseek.cluster.plan import ExpertRows, Member, Pulse, UnitPlan, Wanted
+from rayseek.cluster.plan import ITS_END, ExpertRows, Member, Pulse, UnitPlan, Wanted
 from rayseek.cluster.spec import UnitRole
 from rayseek.cluster.step_clock import IDLE
 
@@ -104,7 +104,7 @@ class UnitReport:
         self._totals.forget({**self._rates, "": None})
         places = places_of(plan, pulses)
         for name, pulse in pulses.items():
-            if pulse is None or pulse.where == "its end":
+            if pulse is None or pulse.where == ITS_END:
                 continue
             before = self._rates.get(name)
             self._rates[name] = _next(before, now, pulse)
@@ -114,6 +114,12 @@ class UnitReport:
             if f"attention{index}" not in places.values():  # until its successor is there
                 for gauge in ("kv_pages_used", "batch_sequences", "rank_requests_waiting"):
                     self._meter.set(gauge, 0, **self._labels, rank=f"attention{index}")
+
+    @property
+    def requests(self) -> int:
+        """On board of all ranks, as they said last."""
+        loads = [rates.pulse.load for rates in self._rates.values()]
+        return sum(load.running + load.waiting for load in loads if load)
 
     def count_experts(self, placement: ExpertPlacement, holder: int, rows: ExpertRows) -> None:
         """Rows that a holder's slots got since the last time."""

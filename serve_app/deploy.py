@@ -20,6 +20,12 @@ from rayseek.serve_app.settings import ApiSettings
 APP_NAME = "rayseek"
 DRAIN_S = 30.0
 
+# Serve replaces a replica after three checks in a row that get no answer in time. Leaders do
+# nothing that takes long, so six seconds of silence mean that one hangs; a busy machine's pauses
+# are shorter, and a mistake costs what a death does. Meanwhile its ranks serve, but nobody
+# replaces those that die.
+CHECK_S, CHECK_TIMEOUT_S = 1.0, 2.0
+
 
 def build(
     config: Config,
@@ -73,6 +79,7 @@ def _inner(kind: type, deployment: Deployment, scales: tuple[int, int] | None = 
         placement_group_strategy=deployment.strategy,
         ray_actor_options={"num_cpus": deployment.replica_cpus},
         max_ongoing_requests=1000,
-        health_check_period_s=5,
+        health_check_period_s=CHECK_S,
+        health_check_timeout_s=CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=DRAIN_S,
     )

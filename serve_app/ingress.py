@@ -15,7 +15,7 @@ from rayseek.cluster.config import Config
 from rayseek.cluster.dispatch import Dispatcher, RankAddress
 from rayseek.cluster.logs import start_logging
 from rayseek.cluster.metrics import INGRESS, RayMeter
-from rayseek.cluster.status import UnitStatus, statuses, views
+from rayseek.cluster.status import Roll, UnitStatus, views
 from rayseek.cluster.traces import start_tracing
 from rayseek.cluster.unit_report import UnitView
 from rayseek.serve_app.app import build_app
@@ -42,14 +42,14 @@ class Ingress(GrpcDoor):
         start_logging("ingress")
         start_tracing("ingress")
         self._settings = settings
-        self._units = units
+        self._units, self._rolls = units, [Roll(of_role) for of_role in units]
         self._tokenizer = Tokenizer.from_pretrained(Path(model_path))
         self._statuses: list[UnitStatus] = []
         self._observer = Observer(RayMeter(INGRESS))
 
     async def _discover(self) -> list[RankAddress]:
         """Every attention rank of every unit that serves now."""
-        found = await asyncio.gather(*(statuses(units) for units in self._units))
+        found = await asyncio.gather(*(roll.statuses() for roll in self._rolls))
         self._statuses = [status for of_role in found for status in of_role]
         self._observer.state(*self._service.load, self._engine.moved)
         return [

@@ -94,6 +94,8 @@ def cluster_environment(config: Config) -> dict[str, str]:
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # Who does not answer health checks is ended at once: it would not hear a goodbye either.
+        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(longest),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(longest),
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(longest),

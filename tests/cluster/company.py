@@ -49,12 +49,18 @@ class Direct:
     def __init__(self, seat: Seat) -> None:
         self.seat = seat
         self.dead = asyncio.Event()
+        self.answers = asyncio.Event()  # not set: as after SIGSTOP
+        self.answers.set()
 
     def __getattr__(self, name: str) -> Method:
         return Method(getattr(self.seat, name), self)
 
     async def call(self, method: Callable[..., Any], *arguments: Any) -> Any:
-        answer = asyncio.ensure_future(method(*arguments))
+        async def carry_out() -> Any:
+            await self.answers.wait()
+            return await method(*arguments)
+
+        answer = asyncio.ensure_future(carry_out())
         death = asyncio.ensure_future(self.dead.wait())
         await asyncio.wait([answer, death], return_when=asyncio.FIRST_COMPLETED)
         if self.dead.is_set():
@@ -108,6 +114,9 @@ class Company(Unit):
         self.actors: dict[str, Direct] = {}
         self.killed: list[asyncio.Future[None]] = []
 
+    def __del__(self) -> None:  # type: ignore[override]
+        """Nobody awaits Python's own call of it."""
+
     def _spawn(self, index: int, name: str) -> Any:
         return self._made(DraftingRank(name, self._spec.rank, self.drafts))
 
@@ -151,6 +160,8 @@ class Company(Unit):
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
+        if self._following is not None:
+            self._following.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for actor in self.actors.values():
             await actor.die()
@@ -158,6 +169,8 @@ class Company(Unit):
         for hand in self._company.hands.values():
             if hand.watch is not None:
                 hand.watch.cancel()
+            if hand.question is not None:
+                hand.question.cancel()
         self.actors.clear()
         self._company.hands.clear()
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from rayseek.cluster.config import EngineSettings, ExchangeSettings
-from rayseek.cluster.dispatch import Dispatcher, JournalEntry, RankAddress, RankChannel
+from rayseek.cluster.dispatch import MAX_DEATHS, Dispatcher, JournalEntry, RankAddress, RankChannel
 from rayseek.cluster.engine import Engine, run_to_end
 from rayseek.cluster.rank import Rank
 from rayseek.cluster.rank_server import RankServer
@@ -265,6 +265,45 @@ async def test_a_rank_that_answers_late_is_used(cluster: Cluster) -> None:
     async with asyncio.timeout(5):
         _, finish = await run
     assert finish is FinishReason.LENGTH
+
+
+async def test_ranks_that_stop_give_their_requests_back(
+    cluster: Cluster, make_engine: EngineMaker
+) -> None:
+    """More often than a request may see ranks die; nothing fails, and nothing differs."""
+    requests = wanted(4)
+    expected = undisturbed(make_engine, requests)
+    here = await cluster.start_rank(slow=True)
+    runs = [asyncio.create_task(cluster.tokens(r)) for r in requests]
+    for _ in range(MAX_DEATHS + 1):
+        await asyncio.sleep(0.05)
+        server = cluster.servers.pop(here)
+        here = await cluster.start_rank(slow=True)
+        server.retire()
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(server.stop)
+    for request, (tokens, finish) in zip(requests, await asyncio.gather(*runs), strict=True):
+        assert finish is FinishReason.LENGTH
+        assert [t.id for t in tokens] == [t.id for t in expected[request.id]]
+    assert set(cluster.dispatcher.moved_lately(60)) == {r.id for r in requests}
+    assert cluster.dispatcher.moved_lately(0) == []
+
+
+async def test_ranks_that_no_unit_lists_get_nothing_new(cluster: Cluster) -> None:
+    """Their leader is stopping, or gone; where there is nobody else they have to do."""
+    await cluster.start_rank()
+    await cluster.tokens(wanted(1)[0])
+    address, server = cluster.servers.popitem()
+    try:
+        await cluster.dispatcher._refresh()
+        _, finish = await cluster.tokens(wanted(1)[0])
+        assert finish is FinishReason.LENGTH, "better than nobody"
+        new = await cluster.start_rank()
+        await cluster.dispatcher._refresh()
+        assert cluster.dispatcher._channels[address.name].alive
+        assert [c.address for c in cluster.dispatcher._alive()] == [new]
+    finally:
+        await asyncio.to_thread(server.stop)
 
 
 async def test_a_silent_rank_delays_nobody(

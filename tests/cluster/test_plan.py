@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayseek.cluster.agreement import Agreement, Kind, Vote, agree
-from rayseek.cluster.plan import Member, Pulse, UnitPlan, Wanted, culprits, next_plan, problems
+from rayseek.cluster.plan import (
+    Member,
+    Pulse,
+    UnitPlan,
+    Wanted,
+    culprits,
+    next_look,
+    next_plan,
+    problems,
+)
 
 LOADS = {layer: [1.0] * 16 for layer in (1, 2, 3)}
 
@@ -128,3 +137,15 @@ def test_who_stands_still_is_to_blame_and_not_who_waits_for_it() -> None:
     assert "layer 3" in culprits({"a": pulse(waits=True), "b": pulse()}, 10)["b"]
     assert culprits({"a": pulse(waits=True), "b": pulse(idle=True)}, 10) == {}
     assert culprits({"a": pulse(since_s=9.0)}, 10) == {}
+
+
+@given(st.lists(st.floats(0, 20)), st.floats(1, 15), st.floats(0.1, 2))
+def test_who_stands_still_is_looked_at_within_a_second_of_the_deadline(
+    since: list[float], deadline: float, at_most: float
+) -> None:
+    pulses = {str(i): pulse(since_s=s) for i, s in enumerate(since)}
+    waits = next_look(pulses | {"silent": None, "idle": pulse(idle=True)}, deadline, at_most)
+    assert 0 < waits <= at_most
+    for s in since:
+        if s < deadline < s + waits:
+            assert s + waits < deadline + 0.5

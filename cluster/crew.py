@@ -1,0 +1,144 @@
+"""The processes of a unit as its leader knows them: who is there, who answers, who belongs.
+
+The leader asks everybody how they are, each for itself, so that one who hangs delays nobody's
+answer. What follows from the answers is for `plan.py` and `unit.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray.exceptions
+
+from rayseek.cluster.config import ExchangeSettings
+from rayseek.cluster.dispatch import RankAddress
+from rayseek.cluster.plan import ITS_END, Member, Pulse
+from rayseek.cluster.rank import Elsewhere, Started
+
+log = logging.getLogger("rayseek.unit")
+
+SILENT_S = 5.0
+"""Who does not answer for so long hangs, whatever a step may take: the thread that answers does
+nothing else. On a core that six others wanted, answers took up to 0.3 s."""
+AGREED = ("mode", "micro_batches")  # settings that all must have, or their exchanges do not match
+
+
+@dataclass(slots=True)
+class Hand:
+    """One process. serves: it has been part of a group. elsewhere: why it is ours no more.
+    broken: the newest epoch whose end it has told.
+    question: a pulse that was asked for at `asked`, and is not there yet."""
+
+    actor: Any
+    started: Started
+    watch: asyncio.Task[None] | None = None
+    leaving: bool = False
+    serves: bool = False
+    elsewhere: str | None = None
+    broken: int = -1
+    question: asyncio.Future[Pulse | None] | None = None
+    asked: float = 0.0
+
+    @property
+    def member(self) -> Member:
+        return self.started.member
+
+    @property
+    def address(self) -> RankAddress | None:
+        return self.started.address
+
+
+@dataclass(slots=True)
+class Crew:
+    """Of the unit of this name."""
+
+    unit: str
+    hands: dict[str, Hand] = field(default_factory=dict)
+    deaths: int = 0
+    broken_epoch: int = -1
+
+    @property
+    def present(self) -> list[Member]:
+        return [hand.member for hand in self.hands.values() if not hand.leaving]
+
+    @property
+    def serving(self) -> tuple[RankAddress, ...]:
+        return tuple(
+            h.address for h in self.hands.values() if h.address and h.serves and not h.leaving
+        )
+
+    def misfit(self, newcomer: Started, exchange: ExchangeSettings) -> str | None:
+        """Why a process must not take part, or None: it would compute, or exchange, other things.
+
+        The attention ranks decide what is right. None are there: nobody contradicts.
+        """
+        name = newcomer.member.name
+        theirs = {s: getattr(newcomer.exchange, s) for s in AGREED}
+        ours = {s: getattr(exchange, s) for s in AGREED}
+        differing = [f"exchange.{s} is {theirs[s]} instead of {ours[s]}"
+                     for s in AGREED if theirs[s] != ours[s]]  # fmt: skip
+        known = next(
+            (h.started.fingerprint for h in self.hands.values() if h.member.role == "attention"),
+            newcomer.fingerprint,
+        )
+        if newcomer.fingerprint != known:
+            differing.append(
+                f"weights, files or arithmetic are {newcomer.fingerprint} instead of {known}"
+            )
+        if not differing:
+            return None
+        return (
+            f"{name} is not taken into {self.unit}: its {', and its '.join(differing)}; start all "
+            "ranks of a unit from the same checkpoint, config and version"
+        )
+
+    async def pulses(self, within_s: float, patience_s: float) -> dict[str, Pulse | None]:
+        """Of all who answer within this time, and None for those silent for longer than patience.
+
+        Who is in between is left out, and answers the same question later.
+        """
+        hands = dict(self.hands)
+        for hand in hands.values():
+            if hand.question is None:
+                hand.question = asyncio.ensure_future(pulse_of(hand, self.unit))
+                hand.asked = time.monotonic()
+        questions = [hand.question for hand in hands.values() if hand.question]
+        if questions:
+            await asyncio.wait(questions, timeout=within_s)
+        answers: dict[str, Pulse | None] = {}
+        for name, hand in hands.items():
+            if hand.question is not None and hand.question.done():
+                answers[name], hand.question = hand.question.result(), None
+            elif time.monotonic() - hand.asked > patience_s:
+                answers[name] = None
+        return answers
+
+    def forget(self, name: str) -> Hand | None:
+        hand = self.hands.pop(name, None)
+        if hand is not None and hand.question is not None:
+            hand.question.cancel()
+        return hand
+
+
+async def pulse_of(hand: Hand, unit: str) -> Pulse | None:
+    """None: it says that it cannot go on."""
+    try:
+        pulse: Pulse = await hand.actor.pulse.remote(unit)
+        return pulse
+    except Elsewhere as error:
+        hand.elsewhere = last_line(error)
+    except ray.exceptions.RayTaskError as error:
+        log.error("%s: %s", hand.member.name, last_line(error))
+        return None
+    except ray.exceptions.RayError:
+        pass  # it died: its watch knows
+    return Pulse(-1, 0, ITS_END, waits=False, idle=True, since_s=0)
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says, without the traceback that Ray puts before it."""
+    return str(error).strip().rpartition("\n")[2] or type(error).__name__

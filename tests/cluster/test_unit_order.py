@@ -1,0 +1,221 @@
+"""Who belongs to a unit, who is listed, who is killed, and how a unit stops (company.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayseek.cluster.config import ExchangeSettings
+from rayseek.cluster.crew import Crew, Hand
+from rayseek.cluster.plan import Member, Pulse
+from rayseek.cluster.rank import Elsewhere, ExpertRank, Started
+from rayseek.cluster.request import FinishReason, Request, SamplingParams
+from tests.cluster.company import SETTINGS, Company, dispatcher, unit
+
+LONG = Request("long", tuple(range(3, 40)), SamplingParams(max_tokens=300, seed=1))
+
+
+async def finish_of(company: Company, request: Request = LONG) -> FinishReason | None:
+    finish = None
+    async with dispatcher(company) as ranks:
+        async for delta in ranks.generate(request):
+            finish = delta.finish
+    return finish
+
+
+async def test_a_rank_of_other_weights_or_settings_is_refused(tiny_path: Path) -> None:
+    async with unit(tiny_path, experts=1, spares=1) as company:
+        name = (await company.status()).expert_ranks[1]
+        await company.detach(name)
+        actor = company.actors[name]
+        started = await actor.seat.start()
+        other = replace(started, fingerprint="fp_other")
+        assert not await company.attach("unit", actor, other)
+        company._company.hands.clear()  # so that there is something to complain of
+        assert "weights, files or arithmetic are fp_other instead of fp_" in str(
+            (await company.status()).problems
+        )
+
+
+def test_what_must_agree_is_named() -> None:
+    exchange = ExchangeSettings(mode="fixed", rebalance_s=1)
+    newcomer = Started(Member("e", "expert", "n", "h:1"), None, "fp_1", exchange)
+    crew = Crew("unit")
+    assert crew.misfit(newcomer, ExchangeSettings(mode="fixed")) is None, "the rest is the leader's"
+    why = crew.misfit(newcomer, ExchangeSettings(mode="auto", micro_batches=2)) or ""
+    assert "exchange.mode is fixed instead of auto" in why and "micro_batches is 1" in why
+
+
+async def test_an_expert_rank_works_for_one_unit(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever two leaders believe: the rank knows, and lets go only when its unit is dead."""
+    async with unit(tiny_path, experts=1) as company:
+        (actor,) = [a for a in company.actors.values() if isinstance(a.seat, ExpertRank)]
+        rank, plan = actor.seat, company._plan
+        assert isinstance(rank, ExpertRank) and plan is not None
+        assert await rank.works_for() == "unit"
+        with pytest.raises(Elsewhere, match="works for unit, not for other"):
+            await rank.engage("other")
+        with pytest.raises(Elsewhere):
+            await rank.prepare(replace(plan, epoch=2**60), "other")
+        monkeypatch.setattr("rayseek.cluster.rank.BOND_S", 0.0)
+        assert await rank.works_for() == "unit", "its leader is silent, but the group works"
+        for task in company._tasks:  # the leader dies, and its attention rank with it
+            task.cancel()
+        for other in company.ranks:
+            await company.actors[other.name].die()
+        async with asyncio.timeout(10):
+            while await rank.works_for() is not None:
+                await asyncio.sleep(0.02)
+        assert await rank.engage("other") >= plan.epoch, "later plans are to be larger"
+        with pytest.raises(Elsewhere):
+            await rank.pulse("unit")
+
+
+async def test_a_rank_that_went_elsewhere_is_not_killed(tiny_path: Path) -> None:
+    async with unit(tiny_path, experts=2) as company:
+        name = (await company.status()).expert_ranks[0]
+        seat = company.actors[name].seat
+        assert isinstance(seat, ExpertRank) and seat._participant is not None
+        seat._unit = "other"  # after a long stall of our leader
+        seat._participant.leave()
+        assert await company.adopted(experts=1)
+        assert name not in (await company.status()).expert_ranks
+        assert not company.actors[name].dead.is_set()
+
+
+async def test_ranks_are_listed_once_they_follow_a_plan(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with unit(tiny_path, attention=2) as company:
+        (old, dying) = company.ranks
+        await company.actors[dying.name].die()
+
+        async def never(*_: Any) -> None:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr("rayseek.cluster.rank.Rank.commit", never)
+        async with asyncio.timeout(20):
+            while len(company._company.hands) < 2:
+                await asyncio.sleep(0.02)
+        listed = [address.name for address in (await company.status()).ranks]
+        assert listed == [old.name], "but it follows no plan yet"
+
+
+async def test_a_process_that_does_not_answer_is_replaced_soon(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked once, and then killed."""
+    monkeypatch.setattr("rayseek.cluster.unit.SILENT_S", 0.5)
+    monkeypatch.setattr("rayseek.cluster.unit.PULSE_S", 0.05)
+    async with unit(tiny_path, experts=2) as company:
+        hung = (await company.status()).expert_ranks[0]
+        asked = 0
+        pulse = company.actors[hung].seat.pulse
+
+        async def counting(unit: str | None = None) -> Any:
+            nonlocal asked
+            asked += 1
+            return await pulse(unit)
+
+        company.actors[hung].seat.pulse = counting  # type: ignore[method-assign]
+        company.actors[hung].answers.clear()
+        assert await company.adopted(experts=1)
+        assert company.actors[hung].dead.is_set() and asked <= 1
+
+
+async def test_a_stalled_step_names_rank_layer_and_exchange(
+    tiny_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One expert rank computes for ever: it is named, and who waits for it in which exchange."""
+    settings = SETTINGS.model_copy(update={"step_timeout_s": 1.0})
+    async with unit(tiny_path, experts=2, settings=settings) as company:
+        name = (await company.status()).expert_ranks[0]
+        loader = company.actors[name].seat._expert_loader
+        assert loader is not None and loader._slots is not None
+        release = threading.Event()
+
+        compute = loader._slots.compute
+
+        def stuck(*arguments: Any) -> Any:
+            release.wait(30)
+            return compute(*arguments)
+
+        loader._slots.compute = stuck  # type: ignore[method-assign]
+        asked = asyncio.ensure_future(finish_of(company))
+        logging.getLogger("rayseek").addHandler(caplog.handler)
+        try:
+            async with asyncio.timeout(20):
+                while not (said := [r.getMessage() for r in caplog.records if "killing" in r.msg]):
+                    await asyncio.sleep(0.02)
+        finally:
+            release.set()
+        assert await asked is FinishReason.LENGTH
+        pattern = rf"killing {name}: it has been at forward pass \d+, layer 1, experts for (\d+) s"
+        found = re.search(pattern, said[0])
+        assert found is not None, said
+        assert re.search(r"attention0-\d at forward pass \d+, layer 1, (dispatch|return)", said[0])
+
+
+async def test_a_unit_that_stops_hands_its_requests_over(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayseek.cluster.unit.FINISH_S", 0.2)
+    async with unit(tiny_path) as company, dispatcher(company) as ranks:
+        begun = asyncio.Event()
+
+        async def ask() -> FinishReason | None:
+            finish = None
+            async for delta in ranks.generate(LONG):
+                begun.set()
+                finish = delta.finish
+            return finish
+
+        asked = asyncio.ensure_future(ask())
+        await begun.wait()
+        (rank,) = company.ranks
+        await company.retire()
+        async with asyncio.timeout(10):
+            while ranks._channels.get(rank.name) and ranks._channels[rank.name].alive:
+                await asyncio.sleep(0.01)
+        assert ranks.moved_lately(60) == ["long"]
+        await company.actors[rank.name].die()  # Serve ends it; here its unit starts another
+        assert await asked is FinishReason.LENGTH
+
+
+class Asked:
+    """An actor's handle; whoever calls `pulse` waits for `answer`."""
+
+    def __init__(self) -> None:
+        self.answer: asyncio.Future[Pulse] = asyncio.get_running_loop().create_future()
+        self.calls = 0
+
+    @property
+    def pulse(self) -> Asked:
+        return self
+
+    def remote(self, unit: str) -> asyncio.Future[Pulse]:
+        self.calls += 1
+        return self.answer
+
+
+async def test_who_hangs_delays_nobodys_answer() -> None:
+    crew, well, hung = Crew("unit"), Asked(), Asked()
+    for name, actor in {"well": well, "hung": hung}.items():
+        started = Started(Member(name, "expert", "n", ""), None, "", ExchangeSettings())
+        crew.hands[name] = Hand(actor, started)
+    fine = Pulse(1, 0, "agreement", waits=True, idle=False, since_s=0)
+    well.answer.set_result(fine)
+    assert await crew.pulses(0.01, 60) == {"well": fine}
+    assert await crew.pulses(0.01, 0) == {"well": fine, "hung": None}
+    assert (well.calls, hung.calls) == (2, 1)
+    hung.answer.set_result(fine)
+    assert await crew.pulses(0.01, 60) == {"well": fine, "hung": fine}

@@ -25,6 +25,14 @@ def parser() -> argparse.ArgumentParser:
 
     _add_config(commands.add_parser("config", help="does a config fit, and how is it deployed?"))
 
+    doctor = commands.add_parser("doctor", help="is this machine ready for a config?")
+    doctor.add_argument("config", nargs="?", help="a .yaml file, or a shipped one's name")
+    doctor.add_argument("--model", type=Path, help="checkpoint folder, instead of the config's")
+    doctor.add_argument(
+        "--without-ranks", action="store_true", help="of a node without ranks: head or ingress"
+    )
+    doctor.add_argument("--json", action="store_true", help="the findings as one JSON object")
+
     _add_k8s(commands.add_parser("k8s", help="manifests for KubeRay: render, check"))
 
     _add_plan(commands.add_parser("plan", help="how many GPUs does a load need?"))

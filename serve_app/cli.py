@@ -1,5 +1,5 @@
-"""The `rayseek` command: serve, config, k8s, keys, inspect, make-model, make-corpus, train, bench,
-eval, replay, conformance, plan, chaos.
+"""The `rayseek` command: serve, config, doctor, k8s, keys, inspect, make-model, make-corpus, train,
+bench, eval, replay, conformance, plan, chaos.
 
 Only messages; arguments stand in `arguments.py`, every command's work is elsewhere and imported
 when needed.
@@ -30,10 +30,11 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         {
-            "serve": serve, "config": configure, "k8s": kubernetes, "keys": keys, "plan": plan,
-            "inspect": inspect, "make-model": make_model, "make-corpus": make_corpus,
-            "train": train, "bench": bench, "conformance": conformance, "eval": evaluate,
-            "replay": replay, "chaos": torment,
+            "serve": serve, "config": configure, "doctor": examine, "k8s": kubernetes,
+            "keys": keys, "plan": plan, "inspect": inspect, "make-model": make_model,
+            "make-corpus": make_corpus, "train": train, "bench": bench,
+            "conformance": conformance, "eval": evaluate, "replay": replay,
+            "chaos": torment,
         }[arguments.command](arguments)  # fmt: skip
     except (ConfigFileError, ValueError, FileExistsError, FileNotFoundError) as error:
         fail(error)
@@ -93,6 +94,14 @@ def configure(arguments: argparse.Namespace) -> None:
     if arguments.action == "render":
         print(config_command.render(arguments), end="")
     elif not config_command.check(arguments):
+        sys.exit(1)
+
+
+def examine(arguments: argparse.Namespace) -> None:
+    """Exit code 0 only if there is no problem."""
+    from rayseek.serve_app.doctor_command import doctor
+
+    if not doctor(arguments):
         sys.exit(1)
 
 

@@ -70,9 +70,9 @@ def needs(
     """
     if config.hardware.accelerator not in DEVICES:
         raise ValueError("plans are for GPU configs: hardware.accelerator is cpu")
-    costs = {role: _cost(config, model, role, efficiency) for role in config.units}
+    costs = {role: unit_cost(config, model, role, efficiency) for role in config.units}
     batch, step, limit = _decode_batch(config, model, costs["decode"], load, targets)
-    kept = _kept(config, load)
+    kept = tokens_kept(config, load.accepted)
     per_gpu = batch * kept / step.seconds
     wanted = load.requests_s * load.output
     ranks = config.decode.attention_ranks
@@ -123,16 +123,18 @@ def needs(
     ]  # fmt: skip
 
 
-def _cost(config: Config, model: ModelConfig, role: Role, efficiency: Efficiency) -> Cost:
+def unit_cost(config: Config, model: ModelConfig, role: Role, efficiency: Efficiency) -> Cost:
+    """The cost model of a unit of this role. Raises KeyError for CPUs."""
     unit = config.units[role]
     slots = slots_per_holder(model.n_routed_experts, unit.holders, unit.redundant_experts)
     device = DEVICES[config.hardware.accelerator]
     return Cost(model, device, unit.attention_ranks, slots, efficiency)
 
 
-def _kept(config: Config, load: Load) -> float:
-    """Tokens that a sequence keeps of a step: one, and the drafts until one is wrong."""
-    return 1 + sum(load.accepted**depth for depth in range(1, config.engine.draft_tokens + 1))
+def tokens_kept(config: Config, accepted: float) -> float:
+    """Tokens that a sequence keeps of a step: one, and the drafts until one is wrong. accepted:
+    part of the drafts that come true."""
+    return 1 + sum(accepted**depth for depth in range(1, config.engine.draft_tokens + 1))
 
 
 def _decode_batch(
@@ -150,12 +152,12 @@ def _decode_batch(
             f"{room:,} that a decode rank's pages hold"
         )
     context, rows = load.prompt + load.output / 2, 1 + config.engine.draft_tokens
-    pace = targets.token_s * _kept(config, load)
+    pace = targets.token_s * tokens_kept(config, load.accepted)
     for batch in range(most, 0, -1):
         step = cost.decode(batch, context, rows)
         if step.seconds <= pace:
             return batch, step, bound if batch == most else f"{step.limit}, at this pace"
-    best = cost.decode(1, context, rows).seconds / _kept(config, load)
+    best = cost.decode(1, context, rows).seconds / tokens_kept(config, load.accepted)
     raise ValueError(
         f"such a decode unit needs {best * 1e3:.0f} ms between tokens at best, more than "
         f"{targets.token_s * 1e3:.0f}"

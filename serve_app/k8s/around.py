@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlsplit
 
 from rayseek.cluster.config import Config
 from rayseek.cluster.layout import Layout
@@ -36,16 +37,22 @@ def budgets(config: Config, plan: Layout) -> list[dict[str, Any]]:
 
 
 def cell_policy(config: Config) -> dict[str, Any]:
-    """Pods of a cell reach each other on every port, and no other cell's."""
+    """Pods of a cell reach each other on every port, and no other cell's; and the collector of
+    traces, whose pods no selector of ours knows, by its port."""
     cell = {"app.kubernetes.io/instance": config.kubernetes.cell}
     peers = [{"podSelector": {"matchLabels": cell}}]
+    egress: list[dict[str, Any]] = [{"to": peers}]
+    if config.traces.endpoint:
+        url = urlsplit(config.traces.endpoint)
+        port = url.port or (443 if url.scheme == "https" else 80)
+        egress.append({"ports": [{"protocol": "TCP", "port": port}]})
     return _object(
         config, "networking.k8s.io/v1", "NetworkPolicy", f"{config.kubernetes.cell}-inside",
         {
             "podSelector": {"matchLabels": cell},
             "policyTypes": ["Ingress", "Egress"],
             "ingress": [{"from": peers}],
-            "egress": [{"to": peers}],
+            "egress": egress,
         },
     )  # fmt: skip
 

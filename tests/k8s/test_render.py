@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rayseek.cluster.config import Config, load_config
+from rayseek.cluster.config import Config, TraceSettings, load_config
 from rayseek.cluster.layout import layout
 from rayseek.model.official import DEEPSEEK_V3
 from rayseek.serve_app.k8s.groups import Group, groups
@@ -145,6 +145,25 @@ def test_a_pod_leaves_when_its_last_client_has_left(tmp_path: Path) -> None:
         table.write_text(content)
         found = subprocess.run(["grep", "-qE", pattern, table], check=False)
         assert (found.returncode == 0) == busy
+
+
+@pytest.mark.parametrize("endpoint, port", [("http://otel.watch:4318", 4318), ("https://t", 443)])
+def test_traces_reach_their_collector(endpoint: str, port: int) -> None:
+    from rayseek.serve_app.k8s.render import overlay
+
+    config = load_config("cpu-smoke")
+    plain, traced = (
+        overlay(c, "cpu-smoke")
+        for c in (config, config.model_copy(update={"traces": TraceSettings(endpoint=endpoint)}))
+    )
+    policies = [
+        next(d for d in yaml.safe_load_all(files["cell.yaml"]) if d["kind"] == "NetworkPolicy")
+        for files in (plain, traced)
+    ]
+    within, also = policies[1]["spec"]["egress"]
+    assert [within] == policies[0]["spec"]["egress"]
+    assert also == {"ports": [{"protocol": "TCP", "port": port}]}
+    assert endpoint in traced["rayservice.yaml"] and endpoint not in plain["rayservice.yaml"]
 
 
 def test_yaml_texts_survive() -> None:

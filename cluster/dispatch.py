@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from random import Random
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import grpc
@@ -67,6 +68,15 @@ def backlog(queued: Count, named: Count) -> Count:
     """Of a rank that computes prompts: tokens in its queue, and those that it was named for by us
     and may still compute. The next prompt goes where it is smallest."""
     return queued + named
+
+
+def candidates(ranks: int, draw: Random) -> list[int]:
+    """Of so many ranks that compute prompts, the two that one prompt may go to.
+
+    Ingresses learn of each other's prompts only when a step ends. If each took the least of all,
+    all would take the same few; of two at random they do not, and long queues still are avoided.
+    """
+    return draw.sample(range(ranks), min(2, ranks))
 
 
 class RankLost(Exception):
@@ -213,6 +223,7 @@ class Dispatcher:
         self.moved = 0  # requests that went on elsewhere after their rank had died or stopped
         self._moves: deque[tuple[float, str]] = deque(maxlen=MOVES_KEPT)  # when, and which
         self._listed: set[str] = set()  # by a unit that lives; the others finish what they have
+        self._draw = Random()
         self._refresher = asyncio.create_task(self._keep_fresh())
 
     async def close(self) -> None:
@@ -313,8 +324,9 @@ class Dispatcher:
 
     def _source(self) -> RankChannel | None:
         """Who would be the first to have computed another prompt; None: nobody prefills."""
+        ranks = self._alive(prefills=True)
         return min(
-            self._alive(prefills=True),
+            (ranks[i] for i in candidates(len(ranks), self._draw)),
             key=lambda c: backlog(c.load.prompt_tokens_queued, c.prefilling),
             default=None,
         )
@@ -326,7 +338,7 @@ class Dispatcher:
             alive = self._alive()
             willing = [c for c in alive if c.address.name not in refused_by] or alive
             if willing:
-                return min(willing, key=lambda c: c.pressure)
+                return min(willing, key=lambda c: (c.pressure, self._draw.random()))
             self._wanted.set()
             try:
                 async with asyncio.timeout(deadline - time.monotonic()), self._changed:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rayseek.cluster.autoscaling import UnitStats
-from rayseek.cluster.dispatch import backlog, pressure
+from rayseek.cluster.dispatch import backlog, candidates, pressure
 from rayseek.cluster.simulated_unit import SimulatedUnit
 from rayseek.cluster.unit_report import MEMORY
-
-_CLOSED = 2**40  # more than any load: a rank that is not there, or takes nothing more
 
 
 @dataclass(eq=False, slots=True)
@@ -60,12 +59,13 @@ class FleetUnit:
 class Fleet:
     """Slots are used again, by the next unit."""
 
-    def __init__(self, ranks: int, ingresses: int) -> None:
+    def __init__(self, ranks: int, ingresses: int, random: Random) -> None:
+        self._random = random
         self.ranks = ranks
         self.units: list[FleetUnit] = []  # all that are not gone
         self._ours = np.zeros((ingresses, 0), np.int64)  # requests, or tokens of prompts
         self._heard = np.zeros((2, 0), np.int64)  # of each rank, in its last frame
-        self._closed = np.zeros(0, np.int64)
+        self._open = np.zeros(0, np.bool_)  # ranks that take requests
         self._at: list[FleetUnit | None] = []  # by slot
 
     def add(self, number: int, sim: SimulatedUnit, now: float) -> FleetUnit:
@@ -74,7 +74,7 @@ class Fleet:
             ours = np.zeros((len(self._ours), self.ranks), np.int64)
             self._ours = np.hstack([self._ours, ours])
             self._heard = np.hstack([self._heard, ours[:1].repeat(2, 0)])
-            self._closed = np.append(self._closed, np.full(self.ranks, _CLOSED))
+            self._open = np.append(self._open, np.zeros(self.ranks, np.bool_))
         slot = self._at.index(None)
         unit = FleetUnit(number, slot, sim, now, np.zeros(self.ranks, np.int64))
         self._at[slot] = unit
@@ -85,7 +85,7 @@ class Fleet:
 
     def open(self, unit: FleetUnit, serves: bool) -> None:
         unit.serves = serves
-        self._closed[self._of(unit)] = 0 if serves else _CLOSED
+        self._open[self._of(unit)] = serves
 
     def remove(self, unit: FleetUnit) -> None:
         self.open(unit, False)
@@ -101,31 +101,31 @@ class Fleet:
 
     def least_pressed(self, ingress: int) -> tuple[FleetUnit, int] | None:
         """Where the dispatcher sends a request: a unit and its rank. None: nobody serves."""
+        (there,) = np.nonzero(self._open)
         first, second = pressure(self._ours[ingress], self._heard[0], self._heard[1])
-        return self._least(first, second)
+        for values in (first, second):
+            if len(there) > 1:
+                of = values[there]
+                there = there[of == of.min()]
+        return self._rank(int(there[self._random.randrange(len(there))])) if len(there) else None
 
     def least_behind(self, ingress: int) -> tuple[FleetUnit, int] | None:
         """Who the dispatcher names to compute a prompt."""
-        return self._least(backlog(self._heard[0], self._ours[ingress]))
+        (there,) = np.nonzero(self._open)
+        behind = backlog(self._heard[0], self._ours[ingress])
+        two = [int(there[i]) for i in candidates(len(there), self._random)]
+        return self._rank(min(two, key=behind.__getitem__)) if two else None
 
     def count(self, ingress: int, unit: FleetUnit, rank: int, change: int) -> None:
         """Requests of an ingress on a rank, or tokens of prompts that it was named for."""
         if not unit.gone:
             self._ours[ingress, unit.slot * self.ranks + rank] += change
 
-    def _least(
-        self, first: NDArray[np.int64], second: NDArray[np.int64] | None = None
-    ) -> tuple[FleetUnit, int] | None:
-        if not len(first):
-            return None
-        first = first + self._closed
-        best = int(first.argmin())
-        if second is not None:
-            (same,) = np.nonzero(first == first[best])
-            best = int(same[second[same].argmin()])
-        slot, rank = divmod(best, self.ranks)
+    def _rank(self, index: int) -> tuple[FleetUnit, int]:
+        slot, rank = divmod(index, self.ranks)
         unit = self._at[slot]
-        return (unit, rank) if unit is not None and unit.serves else None
+        assert unit is not None
+        return unit, rank
 
     def _of(self, unit: FleetUnit) -> slice:
         return slice(unit.slot * self.ranks, (unit.slot + 1) * self.ranks)

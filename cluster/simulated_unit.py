@@ -33,7 +33,7 @@ class Job:
     cached: of the known ones, whole pages of which are there already. owner: whose it is.
     """
 
-    __slots__ = ("began", "cached", "computed", "ends", "key", "known", "left", "number", "owner",
+    __slots__ = ("began", "cached", "computed", "date", "ends", "key", "known", "left", "number", "owner",
                  "pages", "rank", "rows")  # fmt: skip
 
     def __init__(self, number: int, known: int, left: int, cached: int, owner: Any) -> None:
@@ -41,6 +41,7 @@ class Job:
         self.known, self.left, self.cached = known, left, cached
         self.rank = self.computed = self.pages = self.rows = 0
         self.began = self.ends = NEVER  # the steps that make its first token and its last
+        self.date = NEVER  # of its entry in the calendar; older ones are void
 
     def __lt__(self, other: Job) -> bool:
         return self.number < other.number
@@ -179,7 +180,7 @@ class SimulatedUnit:
         """Into the calendar: its last step, or the next before which it needs a page."""
         room = job.pages * PAGE_TOKENS - job.known
         full = job.began + 1 + max(0, math.ceil(room / self.kept - _ROUNDING))
-        date = max(earliest, min(full, job.ends))
+        job.date = date = max(earliest, min(full, job.ends))
         if date not in self._calendar:
             self._calendar[date] = []
             heapq.heappush(self._dates, date)
@@ -203,7 +204,7 @@ class SimulatedUnit:
         made = self._length(job) - job.known
         job.known, job.left = job.known + made, job.left - made
         job.cached = job.computed = job.pages = 0
-        job.began = job.ends = NEVER
+        job.began = job.ends = job.date = NEVER
 
     def _take_pages(self) -> list[Job]:
         """Pages for those who need one in this step; returns those whose last step it is."""
@@ -211,7 +212,7 @@ class SimulatedUnit:
         if not self._dates or self._dates[0] > self._step:
             return []
         heapq.heappop(self._dates)
-        due = [job for job in self._calendar.pop(self._step) if job.ends != NEVER]
+        due = [job for job in self._calendar.pop(self._step) if job.date == self._step]
         needs: dict[int, int] = {}
         for job in due:
             need = max(0, -(-self._length(job) // PAGE_TOKENS) - job.pages)

@@ -95,7 +95,9 @@ class Simulation:
         self._events_so_far = self._units_so_far = 0
         self._aims = {role: unit.units for role, unit in config.units.items()}
         self._fleets = {
-            role: Fleet(max(1, unit.attention_ranks // conditions.part), self._ingresses)
+            role: Fleet(
+                max(1, unit.attention_ranks // conditions.part), self._ingresses, self._random
+            )
             for role, unit in config.units.items()
         }
         settings = autoscaling_policy(config)

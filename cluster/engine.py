@@ -36,7 +36,7 @@ from rayseek.model.latent_cache import LatentCache
 
 log = logging.getLogger("rayseek.engine")
 
-GRAMMAR_PATIENCE_S = 0.005  # an engine with nothing else to do looks at its inbox so often
+GRAMMAR_PATIENCE_S = 0.005  # of an engine that nobody wakes, when there is nothing else to do
 
 
 class Model(DraftModel, Protocol):
@@ -82,6 +82,7 @@ class Load:
     draft_rates: tuple[float, ...] = ()
     drafted: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
+    parked: int = 0  # of the waiting, those whose pages are on their way
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,7 @@ class Engine:
         self.steps = 0
         self.preemptions = 0
         self._clock = StepClock()
+        self._ended: float | None = None  # when the last step did, if it left anything running
 
     # ---- requests in ----
 
@@ -200,6 +202,12 @@ class Engine:
         if sequence is not None:
             self.pool.release(sequence.pages)
 
+    def wake_by(self, call: Callable[[], None]) -> None:
+        """`call`, in some thread, when a step can do something that the last one could not; steps
+        no longer wait for a grammar then. Free pages are whoever frees them to tell of."""
+        if self._grammars is not None:
+            self._grammars.on_ready = call
+
     @property
     def busy(self) -> bool:
         return bool(self._waiting or self._running or self._compiling)
@@ -217,7 +225,13 @@ class Engine:
             draft_rates=self.meter.choice.rates,
             drafted=tuple(self.meter.drafted),
             accepted=tuple(self.meter.accepted),
+            parked=len(self._parked),
         )
+
+    @property
+    def progress(self) -> tuple[int, ...]:
+        """Changes with whatever the next step depends on, but for news from outside."""
+        return self.steps, self.preemptions, self.pool.available
 
     @property
     def work(self) -> Work:
@@ -260,7 +274,7 @@ class Engine:
         all_rows = sum(count for _, count in plan.rows)
         self._clock.decode_rows += decode_rows
         self._clock.prompt_rows += all_rows - decode_rows
-        began = perf_counter()
+        began = self._ended or perf_counter()  # what lies between steps is a cost of each, too
         try:
             deltas += self._forward(plan.rows)
         except Exception:
@@ -273,10 +287,10 @@ class Engine:
                     log.exception("request %s failed", row[0].request.id)
                     deltas.append(self._end(row[0], (), FinishReason.ERROR, repr(error)))
         if not self.meter.most:
-            return deltas
+            return deltas  # nobody asks how long it took
         if decode_rows == all_rows > 0:
             self.meter.step_took(all_rows, perf_counter() - began)
-        self._clock.enter("draft")
+        self._clock.enter("draft" if all_rows else IDLE)
         try:
             stepped = [s for s, _ in plan.rows]
             self._drafter.draft(self.model, plan.draft_depth, stepped, self._running)
@@ -284,14 +298,15 @@ class Engine:
             log.exception("no drafts in step %d", self.steps)
             for sequence, _ in plan.rows:
                 sequence.drafts, sequence.unlearned = [], []
+        self._ended = perf_counter() if self._running else None
         return deltas
 
     def _take_compiled(self) -> list[Delta]:
         """Queue the sequences whose grammar is ready; end those whose grammar never will be."""
         assert self._grammars is not None
-        idle = not (self._waiting or self._running)
+        patient = self._grammars.on_ready is None and not (self._waiting or self._running)
         deltas: list[Delta] = []
-        for key, outcome in self._grammars.finished(GRAMMAR_PATIENCE_S if idle else 0):
+        for key, outcome in self._grammars.finished(GRAMMAR_PATIENCE_S if patient else 0):
             sequence = self._compiling.pop(key)
             if isinstance(outcome, str):
                 deltas.append(Delta(key, (), FinishReason.ERROR, None, outcome))
@@ -367,7 +382,7 @@ class Engine:
         )
         flat = [place for p in places for place in p]
         masks = masks_at(flat, self._grammars)
-        self._clock.enter("model")
+        self._clock.enter("model" if rows else IDLE)  # without rows, it is the others who work
         passed = self.model.forward(batch)  # the masks are made meanwhile
         self._clock.enter("sample")
         tokens = self.chooser.choose(flat, passed.logits_RV, masks) if flat else []

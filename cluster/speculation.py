@@ -15,6 +15,7 @@ TRY_AGAIN = 128  # steps after which an unused depth is tried for one step
 MARGIN = 1.03  # by which more drafts must be predicted to be faster
 MEMORY = 256  # drafts that an acceptance is about
 SMOOTH = 0.1  # weight of a new measurement of time
+PAUSE = 1.25  # times what is known; what takes longer was interrupted, and counts as this
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ class DraftMeter:
             self._successes[depth] = self._successes[depth] * fade + (depth < accepted)
 
     def step_took(self, rows: int, seconds: float) -> None:
-        """A step without prompts: the main model's pass and the choice of its tokens."""
+        """A step without prompts, from the end of the step before it, but for its drafts."""
         _smooth(self._step_s, rows, seconds)
 
     def draft_took(self, rows: int, seconds: float) -> None:
@@ -145,4 +146,4 @@ def _smooth(table: dict[int, float], rows: int, seconds: float) -> None:
     scale = 1 << max(0, rows.bit_length() - 4)
     key = rows // scale * scale
     old = table.get(key)
-    table[key] = seconds if old is None else old + SMOOTH * (seconds - old)
+    table[key] = seconds if old is None else old + SMOOTH * (min(seconds, PAUSE * old) - old)

@@ -16,7 +16,7 @@ from rayseek.cluster.pages import pages_for
 from rayseek.cluster.participant import Participant
 from rayseek.cluster.scheduler import Limits
 from rayseek.cluster.unit_model import UnitModel
-from rayseek.kernels.select import PAGE_VALUE_BYTES, choose_ops, device_for
+from rayseek.kernels.select import choose_ops, device_for
 from rayseek.model.batch import PAGE_TOKENS
 from rayseek.model.cached_model import CachedModel
 from rayseek.model.checkpoint import Checkpoint
@@ -45,7 +45,8 @@ def engine_limits(config: ModelConfig, settings: EngineSettings) -> EngineLimits
     page_bytes = LatentCache.page_bytes(
         config,
         config.num_hidden_layers + bool(drafts),
-        PAGE_VALUE_BYTES[device_for(settings.kernels)],
+        device_for(settings.kernels),
+        settings.kv_dtype,
     )
     num_pages = int(settings.cache_gib * 2**30 / page_bytes)
     if num_pages * PAGE_TOKENS < context:
@@ -80,7 +81,7 @@ def build_engine(
     torch.set_num_threads(1)
     config = ModelConfig.from_pretrained(path)
     device = device_for(settings.kernels)
-    choice = choose_ops(device, settings.kernels, settings.threads)
+    choice = choose_ops(device, settings.kernels, settings.threads, settings.kv_dtype)
     ops = choice.ops
     log.info("kernels: %s (%s)", ops.name, choice.reason)
     limits = engine_limits(config, settings)

@@ -69,7 +69,8 @@ def build_expert_rank(
     torch.set_num_threads(1)
     checkpoint = Checkpoint.open(Path(spec.model_path))
     settings = spec.settings
-    ops = choose_ops(device_for(settings.kernels), settings.kernels, settings.threads).ops
+    device = device_for(settings.kernels)
+    ops = choose_ops(device, settings.kernels, settings.threads, settings.kv_dtype).ops
     timeout_s = settings.step_timeout_s + GRACE_S
     participant = Participant(
         name, host, checkpoint.config, ops, spec.exchange, timeout_s, on_broken

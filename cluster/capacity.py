@@ -128,7 +128,8 @@ def unit_cost(config: Config, model: ModelConfig, role: Role, efficiency: Effici
     unit = config.units[role]
     slots = slots_per_holder(model.n_routed_experts, unit.holders, unit.redundant_experts)
     device = DEVICES[config.hardware.accelerator]
-    return Cost(model, device, unit.attention_ranks, slots, efficiency)
+    kv_dtype = config.engine.kv_dtype
+    return Cost(model, device, unit.attention_ranks, slots, efficiency, kv_dtype)
 
 
 def tokens_kept(config: Config, accepted: float) -> float:

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rayseek.cluster.cell import KubernetesSettings, Section
 from rayseek.cluster.scaling_settings import AutoscalingSettings
+from rayseek.kernels.kv_format import KVDtype
 
 Role: TypeAlias = Literal["prefill", "decode"]
 _SHIPPED = Path(__file__).parent / "configs"
@@ -38,6 +39,7 @@ class EngineSettings(Section):
     draft_tokens: int = Field(default=1, ge=0, le=8)  # most that the MTP module drafts; 0: none
     max_queue: int = Field(default=1024, ge=1)  # waiting requests; one more is refused with 503
     kernels: Literal["auto", "cuda", "native", "reference"] = "auto"
+    kv_dtype: KVDtype = "auto"  # of latents; auto: bfloat16, on a CPU float32; fp8: the least bytes
     threads: int = Field(
         default=2, ge=1
     )  # CPU threads of a prompt's big matmuls; decoding uses one

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from rayseek.kernels.kv_format import KVDtype, token_bytes
 from rayseek.model.config import ModelConfig
 
 NODE = 8  # GPUs that NVLink joins
@@ -79,6 +80,7 @@ class Cost:
         ranks: int,
         slots: int,
         efficiency: Efficiency = PUBLISHED,
+        kv_dtype: KVDtype = "auto",
     ) -> None:
         self._model, self._ranks, self._slots, self._parts = model, ranks, slots, efficiency
         self._product = device.memory * efficiency.memory_product
@@ -94,6 +96,7 @@ class Cost:
             + heads * model.v_head_dim * width
         )
         self._absorbed = model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
+        self._token = token_bytes(kv_dtype, "cuda", model.kv_lora_rank, model.qk_rope_head_dim)
         self._expert = 3 * width * model.moe_intermediate_size
         self._dense = 3 * width * model.intermediate_size
         self._moe_layers = model.num_hidden_layers - model.first_k_dense_replace
@@ -118,7 +121,7 @@ class Cost:
         product(layers, self._absorbed, peak=self._bf16)
         score = 2 * model.num_attention_heads * (2 * model.kv_lora_rank + model.qk_rope_head_dim)
         add(
-            layers, batch * context * 2 * model.latent_width / self._latents,
+            layers, batch * context * self._token / self._latents,
             rows * context * score / self._bf16,
         )  # fmt: skip
         product(self._moe_layers, model.hidden_size * model.n_routed_experts, 2, self._bf16)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from rayseek.cluster.config import Config, EngineSettings, Role
 from rayseek.cluster.placement import slots_per_holder
+from rayseek.kernels.kv_format import token_bytes
 from rayseek.model.config import ModelConfig
 from rayseek.model.ledger import Ledger, make_ledger
 
@@ -74,7 +75,7 @@ def _attention(config: Config, model: ModelConfig, role: Role, ledger: Ledger) -
             "workspace": _workspace(config, model, role, attention=True),
         },
         _limit(config),
-        int(pages // _token_bytes(config, ledger, engine)),
+        int(pages // _token_bytes(config, model, engine)),
     )
 
 
@@ -97,10 +98,14 @@ def _limit(config: Config) -> int | None:
     return None if gib is None else int(gib * GIB)
 
 
-def _token_bytes(config: Config, ledger: Ledger, engine: EngineSettings) -> int:
-    """KV bytes of a token. CPU kernels keep a value as two bf16 halves."""
-    draft = ledger.mtp_kv_bytes_per_token if engine.draft_tokens else 0
-    return (ledger.kv_bytes_per_token + draft) * (2 if config.hardware.accelerator == "cpu" else 1)
+def _token_bytes(config: Config, model: ModelConfig, engine: EngineSettings) -> int:
+    """KV bytes of a token, in all layers that have pages."""
+    device = "cpu" if config.hardware.accelerator == "cpu" else "cuda"
+    layers = model.num_hidden_layers
+    if engine.draft_tokens:
+        layers += model.num_nextn_predict_layers
+    rope = model.qk_rope_head_dim
+    return layers * token_bytes(engine.kv_dtype, device, model.kv_lora_rank, rope)
 
 
 def _workspace(config: Config, model: ModelConfig, role: Role, attention: bool) -> int:

@@ -24,11 +24,13 @@ from torch import Tensor
 from rayseek.kernels.cuda import CudaOps
 from rayseek.kernels.fp8 import BLOCK
 from rayseek.kernels.hopper.bench import Ceilings, Clock, ceilings
+from rayseek.kernels.kv_format import KVDtype, token_bytes
 from rayseek.kernels.ops import Weight
 from rayseek.model.batch import PAGE_TOKENS, Batch
 from rayseek.model.cached_model import CachedModel
 from rayseek.model.config import ModelConfig
 from rayseek.model.inventory import inventory
+from rayseek.model.latent_cache import LatentCache
 from rayseek.model.transformer import Transformer
 
 BATCHES = (1, 8, 32, 64, 128, 256)
@@ -74,7 +76,9 @@ class Floor:
         return max(self.bytes / top.hbm, compute)
 
 
-def layer_floor(c: ModelConfig, moe: bool, rows: int, keys: int, cached: int) -> Floor:
+def layer_floor(
+    c: ModelConfig, moe: bool, rows: int, keys: int, cached: int, kv_dtype: KVDtype = "auto"
+) -> Floor:
     """Of one layer: rows new tokens, keys seen by all of them together, cached tokens read.
 
     Experts that no row is likely to meet are not read: of E, E * (1 - (1 - K/E)^rows) are.
@@ -87,6 +91,7 @@ def layer_floor(c: ModelConfig, moe: bool, rows: int, keys: int, cached: int) ->
         + heads * c.v_head_dim * h
     )  # fmt: skip
     absorbed = heads * c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
+    token = token_bytes(kv_dtype, "cuda", c.kv_lora_rank, c.qk_rope_head_dim)
     core = 2.0 * keys * heads * (c.latent_width + c.kv_lora_rank)
     if moe:
         expert = 3 * h * c.moe_intermediate_size
@@ -96,16 +101,19 @@ def layer_floor(c: ModelConfig, moe: bool, rows: int, keys: int, cached: int) ->
     else:
         read = used = 3 * h * c.intermediate_size
     return Floor(
-        projections + 2 * absorbed + read + 2.0 * cached * c.latent_width,
+        projections + 2 * absorbed + read + float(cached * token),
         2.0 * rows * (projections + used),
         2.0 * rows * absorbed + core,
     )
 
 
-def slice_floor(c: ModelConfig, rows: int, keys: int, cached: int, out: int) -> Floor:
+def slice_floor(
+    c: ModelConfig, rows: int, keys: int, cached: int, out: int, kv_dtype: KVDtype = "auto"
+) -> Floor:
     """Of all layers of the config, and the head for `out` rows."""
     layers = [
-        layer_floor(c, c.is_moe(layer), rows, keys, cached) for layer in range(c.num_hidden_layers)
+        layer_floor(c, c.is_moe(layer), rows, keys, cached, kv_dtype)
+        for layer in range(c.num_hidden_layers)
     ]
     head = c.vocab_size * c.hidden_size
     return Floor(
@@ -127,6 +135,17 @@ def whole_model_s(
     return slice_s + more_dense * dense_layer_s + more_moe * moe_layer_s
 
 
+def formula(config: ModelConfig, whole: ModelConfig) -> str:
+    """What `whole_model_s` reckons, with its numbers."""
+    dense = whole.first_k_dense_replace - config.first_k_dense_replace
+    moe = whole.num_hidden_layers - config.num_hidden_layers - dense
+    return (
+        f"{whole.num_hidden_layers} layers = slice of {config.num_hidden_layers} + {moe} x (layer "
+        f"with experts) + {dense} x (dense layer). Layer with experts: this slice less one of "
+        f"{config.num_hidden_layers - 1} layers; dense layer: that times the ratio of their floors."
+    )
+
+
 def decode_batch(sequences: int, context: int) -> Batch:
     """One new token of each sequence at position context - 1, pages side by side."""
     each = -(-context // PAGE_TOKENS)
@@ -145,19 +164,21 @@ def sliced(whole: ModelConfig, layers: int) -> ModelConfig:
     )
 
 
-def _model(config: ModelConfig) -> CachedModel:
+def _model(config: ModelConfig, kv_dtype: KVDtype) -> CachedModel:
     """Random weights, and as many pages as fit beside them."""
-    weights = RandomWeights(config, "cuda")
-    model = Transformer(config, weights, CudaOps(), max(CONTEXTS))  # type: ignore[arg-type]
+    weights, ops = RandomWeights(config, "cuda"), CudaOps(kv_dtype=kv_dtype)
+    model = Transformer(config, weights, ops, max(CONTEXTS))  # type: ignore[arg-type]
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    page = config.num_hidden_layers * PAGE_TOKENS * config.latent_width * 2
+    page = LatentCache.page_bytes(config, device="cuda", kv_dtype=kv_dtype)
     return CachedModel(model, int(free * CACHE_SHARE / page), graphs=True)
 
 
-def _times(config: ModelConfig, clock: Clock) -> dict[tuple[str, int, int], float]:
+def _times(
+    config: ModelConfig, clock: Clock, kv_dtype: KVDtype
+) -> dict[tuple[str, int, int], float]:
     """Seconds of each pass that fits: ("decode", batch, context) and ("prefill", rows, 0)."""
-    model, times = _model(config), dict[tuple[str, int, int], float]()
+    model, times = _model(config, kv_dtype), dict[tuple[str, int, int], float]()
     pages = model.cache.num_pages - 1
     for context in CONTEXTS:
         for sequences in BATCHES:
@@ -174,16 +195,17 @@ def _times(config: ModelConfig, clock: Clock) -> dict[tuple[str, int, int], floa
 
 
 @torch.inference_mode()
-def run(whole: ModelConfig, layers: int) -> None:
+def run(whole: ModelConfig, layers: int, kv_dtype: KVDtype = "auto") -> None:
     """Time the slice and print it beside its floor and the reckoning for the whole model."""
     config, shorter = sliced(whole, layers), sliced(whole, layers - 1)
     clock = Clock()
     top = ceilings(clock)
     started = time.perf_counter()
-    less = _times(shorter, clock)
+    less = _times(shorter, clock, kv_dtype)
     torch.cuda.empty_cache()
-    times = _times(config, clock)
-    print(report(config, whole, times, less, top))
+    times = _times(config, clock, kv_dtype)
+    print(report(config, whole, times, less, top, kv_dtype))
+    print(formula(config, whole))
     print(f"measured in {time.perf_counter() - started:.0f} s on {top.device}")
 
 
@@ -193,6 +215,7 @@ def report(
     times: Mapping[tuple[str, int, int], float],
     less: Mapping[tuple[str, int, int], float],
     top: Ceilings,
+    kv_dtype: KVDtype = "auto",
 ) -> str:
     """The table, as Markdown. less: times of a slice with one layer of experts fewer."""
     layers = whole.num_hidden_layers
@@ -205,10 +228,11 @@ def report(
         keys = count * context if kind == "decode" else count * (count + 1) // 2
         cached = count * context if kind == "decode" else count
         out = count if kind == "decode" else 1
-        floor = slice_floor(config, count, keys, cached, out).seconds(top)
+        floor = slice_floor(config, count, keys, cached, out, kv_dtype).seconds(top)
         one = max(took - less[kind, count, context], 0.0)
         dense, moe = (
-            layer_floor(config, x, count, keys, cached).seconds(top) for x in (False, True)
+            layer_floor(config, x, count, keys, cached, kv_dtype).seconds(top)
+            for x in (False, True)
         )
         all_s = whole_model_s(took, one, one * dense / moe, config, whole)
         name = f"decode {count} x {context}" if kind == "decode" else f"prefill {count}"

@@ -107,7 +107,7 @@ class Model:
         self.layers = [random_layer(ops, dense=i == 0) for i in range(LAYERS)]
         self.head = ops.pack(random_weight(VOCAB, HIDDEN))
         self.cos_sin = yarn_cos_sin(4096, ROPE, 1e4, 40, 4096)
-        self.pages = [ops.new_pages(page_count, LATENT + ROPE) for _ in range(LAYERS)]
+        self.pages = [ops.new_pages(page_count, LATENT, ROPE) for _ in range(LAYERS)]
         slots = torch.arange(page_count * PAGE)
         for pages, layer in zip(self.pages, self.layers, strict=True):
             ops.store_latents(

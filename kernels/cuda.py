@@ -23,6 +23,8 @@ from rayseek.kernels.hopper import (
     quantise,
     router,
 )
+from rayseek.kernels.kv_format import Fp8Token, KVDtype
+from rayseek.kernels.latent_pages import read_pages_ref
 from rayseek.kernels.mla_attention import split_heads_ref
 from rayseek.kernels.ops import PAGE_TOKENS, Norm, Weight
 
@@ -50,8 +52,8 @@ class CudaOps:
 
     name = "cuda"
 
-    def __init__(self, device: str = "cuda") -> None:
-        self.device = torch.device(device)
+    def __init__(self, device: str = "cuda", kv_dtype: KVDtype = "auto") -> None:
+        self.device, self.kv_dtype = torch.device(device), kv_dtype
 
     # ---- weights ----
 
@@ -166,11 +168,14 @@ class CudaOps:
 
     # ---- attention ----
 
-    def new_pages(self, count: int, width: int) -> Tensor:
-        return torch.zeros(count, PAGE_TOKENS, width, dtype=torch.bfloat16, device=self.device)
+    def new_pages(self, count: int, latent: int, rope: int) -> Tensor:
+        fp8 = self.kv_dtype == "fp8"
+        width = Fp8Token(latent, rope).size if fp8 else latent + rope
+        dtype = torch.uint8 if fp8 else torch.bfloat16
+        return torch.zeros(count, PAGE_TOKENS, width, dtype=dtype, device=self.device)
 
-    def read_latents(self, pages: Tensor, page_ids: Tensor, width: int) -> Tensor:
-        return pages[page_ids.long()].flatten(0, 1).float()
+    def read_latents(self, pages: Tensor, page_ids: Tensor, latent: int, rope: int) -> Tensor:
+        return read_pages_ref(pages[page_ids.long()], latent, rope).flatten(0, 1).float()
 
     def store_latents(
         self, ckr_TX: Tensor, norm: Norm, cos_sin_PR: Tensor, positions_T: Tensor,
@@ -185,7 +190,7 @@ class CudaOps:
         q_THW = q_THW.bfloat16()
         heads, latent, nope = w_uk.shape
         rows, value = len(q_THW), w_uv.shape[1]
-        q_THX = q_THW.new_empty(rows, heads, pages.shape[-1])
+        q_THX = q_THW.new_empty(rows, heads, latent + cos_sin_PR.shape[1])
         bf16_gemm.bf16_batched(q_THW[..., :nope], w_uk, q_THX[..., :latent])
         latent_cache.rotate_queries(q_THW[..., nope:], cos_sin_PR, positions_T, q_THX[..., latent:])
         u_THC = mla_decode.mla_attention(

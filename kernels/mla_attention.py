@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rayseek.kernels.latent_pages import read_pages_ref
 from rayseek.kernels.rope import rotate_ref
 
 
@@ -36,7 +37,7 @@ def mla_attention_ref(
 ) -> Tensor:
     """Softmax of scale * q.k over the row's own sequence, positions 0..its own -> [T, H, C].
 
-    q_THX: float32 [T, H, X]. pages: float32 [P, 64, X]; what unused slots hold is never seen.
+    q_THX: float32 [T, H, X]. pages: float32 [P, 64, X] or FP8; unused slots are never seen.
     page_table_BP: int32, pages of each sequence in order. sequence_T: int32 row of that table.
     positions_T: int32. latent: C, the part of X that is also the value.
     """
@@ -46,7 +47,8 @@ def mla_attention_ref(
         rows = (sequence_T == b).nonzero()[:, 0]
         length = int(positions_T[rows].max()) + 1
         used = page_table_BP[b, : -(-length // page_tokens)].long()
-        keys = pages[used].flatten(0, 1)[:length]
+        keys = read_pages_ref(pages[used], latent, q_THX.shape[2] - latent)
+        keys = keys.flatten(0, 1)[:length].to(q_THX.dtype)
         score = torch.einsum("thx,sx->ths", q_THX[rows], keys) * scale
         hidden = torch.arange(length)[None, :] > positions_T[rows][:, None]
         score = score.masked_fill(hidden[:, None, :], float("-inf"))

@@ -108,14 +108,19 @@ void rs_rms_norm(const float* x, long ldx, long T, long D, const float* weight, 
 // The latent half of a token's words comes from ckr, normalised; the rest is rotated.
 void rs_store_latents(const float* ckr, long ld, long T, long C, long R, const float* weight,
                       float eps, const float* cos_sin, const int32_t* position,
-                      const int64_t* slot, uint32_t* pages) {
+                      const int64_t* slot, void* pages, int fp8) {
     Norm n{weight, eps};
     long X = C + R, padded = (X + 15) / 16 * 16;
     std::vector<float> row(padded);
     for (long t = 0; t < T; t++) {
         memcpy(row.data(), read_row(ckr + t * ld, C, &n), C * 4);
         rotate(ckr + t * ld + C, cos_sin + position[t] * R, R, row.data() + C);
-        uint32_t* to = pages + slot[t] / PAGE * page_words(X) + slot[t] % PAGE * 16;
+        if (fp8) {
+            Fp8Token token{C, R};
+            store_fp8(row.data(), token, (uint8_t*)pages + slot[t] * token.size());
+            continue;
+        }
+        uint32_t* to = (uint32_t*)pages + slot[t] / PAGE * page_words(X) + slot[t] % PAGE * 16;
         for (long i = 0; i < padded; i += 16, to += BLOCK) *(u16x*)to = halves(load(&row[i]));
     }
 }
@@ -134,8 +139,8 @@ void rs_read_latents(const uint32_t* page, long X, float* out) {  // one page ->
 // that one sequence's tokens fill the tiles; a decode step takes all, for it has one token of each.
 void rs_attend(const float* q, long T, long R, const Packed* w_uk, const Packed* w_uv,
                const float* cos_sin, const int32_t* position, const int32_t* sequence,
-               const uint32_t* pages, const int32_t* table, long table_width, float scale,
-               float* out) {
+               const void* pages, const int32_t* table, long table_width, float scale,
+               float* out, int fp8) {
     long H = w_uk->heads, N = w_uk->k, C = w_uk->n, W = N + R, X = C + R, V = w_uv->n;
     struct Task { long t0, m, h0, heads; };
     std::vector<Task> tasks;
@@ -161,7 +166,7 @@ void rs_attend(const float* q, long T, long R, const Packed* w_uk, const Packed*
         for (long t = 0, end; t < m; t = end) {
             for (end = t; end < m && sequence[t0 + end] == sequence[t0 + t];) end++;
             const int32_t* mine = table + sequence[t0 + t] * table_width;
-            attention({pages, mine, X, C, heads, scale}, x + t * heads * X, position + t0 + t,
+            attention({pages, mine, X, C, heads, scale, fp8 != 0}, x + t * heads * X, position + t0 + t,
                       (end - t) * heads, u + t * heads * C);
         }
         for (long h = 0; h < heads; h++) {

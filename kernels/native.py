@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rayseek.kernels.kv_format import Fp8Token, KVDtype
+from rayseek.kernels.latent_pages import read_pages_ref
 from rayseek.kernels.native_build import load_native
 from rayseek.kernels.native_pass import NativePass
 from rayseek.kernels.native_weights import (
@@ -27,12 +29,16 @@ class NativeOps:
     """`Ops` in C++ (`native.cpp`).
 
     threads: how many may share a call with much work, such as a long prompt. Results never
-    depend on it. Raises NativeUnavailableError where the library cannot be had.
+    depend on it. kv_dtype: of the latent cache. Raises NativeUnavailableError where the library
+    cannot be had.
     """
 
     name = "native"
 
-    def __init__(self, threads: int = 1, target: str = "native") -> None:
+    def __init__(
+        self, threads: int = 1, target: str = "native", kv_dtype: KVDtype = "auto"
+    ) -> None:
+        self.kv_dtype = kv_dtype
         self.library, self.amx = load_native(target)
         self.library.rs_set_threads(threads)
 
@@ -80,13 +86,16 @@ class NativeOps:
         )  # fmt: skip
         return out
 
-    def new_pages(self, count: int, width: int) -> Tensor:
-        pages = torch.empty(count, -(-width // 16), PAGE_TOKENS, 16, dtype=torch.int32)
+    def new_pages(self, count: int, latent: int, rope: int) -> Tensor:
+        shape, dtype = _page(latent, rope, self.kv_dtype == "fp8")
+        pages = torch.empty(count, *shape, dtype=dtype)
         self.library.rs_prefer_huge(pages.data_ptr(), pages.nbytes)
         return pages.zero_()
 
-    def read_latents(self, pages: Tensor, page_ids: Tensor, width: int) -> Tensor:
-        _check_pages(pages, width)
+    def read_latents(self, pages: Tensor, page_ids: Tensor, latent: int, rope: int) -> Tensor:
+        if _check_pages(pages, latent, rope):
+            return read_pages_ref(pages[page_ids.long()], latent, rope).flatten(0, 1)
+        width = latent + rope
         out = torch.empty(len(page_ids), PAGE_TOKENS, width)
         for page, rows in zip(page_ids.tolist(), out, strict=True):
             self.library.rs_read_latents(pages[page].data_ptr(), width, rows.data_ptr())
@@ -98,11 +107,11 @@ class NativeOps:
     ) -> None:  # fmt: skip
         latent, rope = norm.weight_K.shape[0], cos_sin_PR.shape[1]
         x = _rows(ckr_TX, latent + rope)
-        _check_pages(pages, latent + rope)
+        fp8 = _check_pages(pages, latent, rope)
         self.library.rs_store_latents(
             x.data_ptr(), x.stride(0), x.shape[0], latent, rope, norm.weight_K.data_ptr(),
             norm.eps, cos_sin_PR.data_ptr(), positions_T.data_ptr(), slots_T.data_ptr(),
-            pages.data_ptr(),
+            pages.data_ptr(), fp8,
         )  # fmt: skip
 
     def attend(
@@ -113,12 +122,12 @@ class NativeOps:
         rows, heads, _ = q_THW.shape
         rope = cos_sin_PR.shape[1]
         q = _rows(q_THW, w_uk.k + rope).contiguous()
-        _check_pages(pages, w_uk.n + rope)
+        fp8 = _check_pages(pages, w_uk.n, rope)
         out = torch.empty(rows, heads * w_uv.n)
         self.library.rs_attend(
             q.data_ptr(), rows, rope, w_uk.address, w_uv.address, cos_sin_PR.data_ptr(),
             positions_T.data_ptr(), sequence_T.data_ptr(), pages.data_ptr(),
-            page_table_BP.data_ptr(), page_table_BP.shape[1], scale, out.data_ptr(),
+            page_table_BP.data_ptr(), page_table_BP.shape[1], scale, out.data_ptr(), fp8,
         )  # fmt: skip
         return out
 
@@ -226,9 +235,19 @@ def _check_writable(x: Tensor, name: str, width: int) -> None:
         )
 
 
-def _check_pages(pages: Tensor, width: int) -> None:
-    if pages.shape[1:] != (-(-width // 16), PAGE_TOKENS, 16) or not pages.is_contiguous():
+def _page(latent: int, rope: int, fp8: bool) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of one page."""
+    if fp8:
+        return (PAGE_TOKENS, Fp8Token(latent, rope).size), torch.uint8
+    return (-(-(latent + rope) // 16), PAGE_TOKENS, 16), torch.int32
+
+
+def _check_pages(pages: Tensor, latent: int, rope: int) -> bool:
+    """Whether these pages of such latents are FP8 ones."""
+    fp8 = pages.dtype is torch.uint8
+    if (pages.shape[1:], pages.dtype) != _page(latent, rope, fp8) or not pages.is_contiguous():
         raise ValueError(
-            f"pages must come from new_pages(count, {width}), not have the shape "
+            f"pages must come from new_pages(count, {latent}, {rope}), not have the shape "
             f"{tuple(pages.shape)}"
         )
+    return fp8

@@ -6,7 +6,7 @@
 // pairs that AMX multiplies and adds up, one operand is (high, rest) and the other (y, y).
 #pragma once
 
-#include "native_matrix.h"
+#include "native_fp8_page.h"
 
 const long PAGE = 64;       // tokens
 const long BLOCK = 64 * 16;  // words of 16 values of a page's tokens
@@ -23,10 +23,21 @@ static inline long page_words(long X) { return (X + 15) / 16 * BLOCK; }
 // running softmax (reference score, sum, weighted values). C of the X values of a token are its
 // value too.
 struct Attention {
-    const uint32_t* pages;
+    const void* pages;
     const int32_t* table;
     long X, C, H;  // H: rows of one token
     float scale;
+    bool fp8;
+
+    // The page of tokens from `first` on, of which `valid` are wanted.
+    const uint32_t* page(long first, long valid) const {
+        long at = table[first / PAGE];
+        if (!fp8) return (const uint32_t*)pages + at * page_words(X);
+        Fp8Token token{C, X - C};
+        uint32_t* words = scratch<uint32_t>(EXPANDED, page_words(X));
+        expand_fp8((const uint8_t*)pages + at * PAGE * token.size(), token, valid, words);
+        return words;
+    }
 };
 
 // The reference that scores are taken against follows the best score only once it is this far
@@ -251,10 +262,10 @@ static void amx_attention(const Attention& s, const float* q, const int32_t* tok
         state[2 * g] = all(-INFINITY), state[2 * g + 1] = v16{};
     }
     for (long first = 0; first <= last; first += PAGE) {
-        const uint32_t* page = s.pages + s.table[first / PAGE] * page_words(s.X);
-        const uint32_t* next = first + PAGE <= last
-            ? s.pages + s.table[first / PAGE + 1] * page_words(s.X) : page;
         long valid = std::min(PAGE, last + 1 - first), keys = (valid + 15) / 16;
+        const uint32_t *page = s.page(first, valid), *next = page;
+        if (s.fp8) next = nullptr;
+        else if (first + PAGE <= last) next = s.page(first + PAGE, PAGE);
         const uint32_t* values[4];
         long step[4];
         for (long k = 0; k < keys; k++) values[k] = page + k * 256, step[k] = BLOCK;
@@ -321,8 +332,8 @@ static void soft_rows(const Attention& s, const float* q, const int32_t* token_p
         for (long b = 0; b < cb; b++) sums[b * R + r] = v16{};
     }
     for (long first = 0; first <= last; first += PAGE) {
-        const uint32_t* words = s.pages + s.table[first / PAGE] * page_words(s.X);
         long valid = std::min(PAGE, last + 1 - first);
+        const uint32_t* words = s.page(first, valid);
         for (long b = 0; b < xb; b++)
             for (long j = 0; j < valid; j++)
                 page[b * PAGE + j] = whole(*(const u16x*)(words + b * BLOCK + j * 16));

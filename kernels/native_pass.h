@@ -26,7 +26,7 @@ struct Pass {
     const float *token_norm, *hidden_norm, *final_norm, *cos_sin;
     const Packed* head;
     const Layer* layers;
-    int64_t count, width, rope, wide;  // count: of layers
+    int64_t count, width, rope, wide, fp8;  // count: of layers; fp8: their pages
     float eps, scale;
 };
 struct Input_rows {
@@ -66,7 +66,7 @@ static void gather(const float* x, const int64_t* rows, long R, long width, floa
 // logits [outs][V] and normed states: of all rows; with `join`, whose states nobody else needs, of
 // the out rows alone, the others only write their latents. 1 if there are too many rows.
 static int run_pass(const Pass& p, const Input_rows& in, const float* hidden,
-                    uint32_t* const* pages, float* logits, float* normed) {
+                    void* const* pages, float* logits, float* normed) {
     long T = in.count, D = p.width, R = p.rope, a_width = 0, q_width = 0, o_width = 0, E = 0, K = 0;
     if (T > CHUNK || (p.join && p.count != 1)) return 1;
     for (const Layer* l = p.layers; l < p.layers + p.count; l++) {
@@ -98,7 +98,7 @@ static int run_pass(const Pass& p, const Input_rows& in, const float* hidden,
         long C = l.w_uk->n, QW = l.q_and_kv_a->n - C - R, stride = l.q_and_kv_a->n;
         rs_linear(x, D, T, l.q_and_kv_a, l.input_norm, p.eps, nullptr, 0, a);
         rs_store_latents(a + QW, stride, T, C, R, l.kv_norm, p.eps, p.cos_sin, positions,
-                         in.slots, pages[i]);
+                         in.slots, pages[i], (int)p.fp8);
         if (p.join && in.outs < T) {
             T = in.outs;
             gather(x, in.out, T, D, all), std::swap(x, all);
@@ -110,7 +110,7 @@ static int run_pass(const Pass& p, const Input_rows& in, const float* hidden,
         else
             for (long t = 0; t < T; t++) memcpy(q + t * QW, a + t * stride, QW * 4);
         rs_attend(q, T, R, l.w_uk, l.w_uv, p.cos_sin, positions, sequence, pages[i], in.table,
-                  in.table_width, p.scale, heads);
+                  in.table_width, p.scale, heads, (int)p.fp8);
         rs_linear(heads, l.o->k, T, l.o, nullptr, 0, x, D, x);
         rs_rms_norm(x, D, T, D, l.norm, p.eps, y);
         const Moe* m = l.moe;
@@ -133,6 +133,6 @@ static int run_pass(const Pass& p, const Input_rows& in, const float* hidden,
 }
 
 extern "C" int rs_pass(const Pass* pass, const Input_rows* rows, const float* hidden,
-                       uint32_t* const* pages, float* logits, float* normed) {
+                       void* const* pages, float* logits, float* normed) {
     return run_pass(*pass, *rows, hidden, pages, logits, normed);
 }

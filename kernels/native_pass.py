@@ -42,6 +42,7 @@ class _Pass(ctypes.Structure):
         ("hidden_norm", POINTER), ("final_norm", POINTER), ("cos_sin", POINTER),
         ("head", POINTER), ("layers", POINTER),
         ("count", COUNT), ("width", COUNT), ("rope", COUNT), ("wide", COUNT),
+        ("fp8", COUNT),
         ("eps", FLOAT), ("scale", FLOAT),
     )  # fmt: skip
 
@@ -71,7 +72,8 @@ class NativePass:
             _norm(hidden_norm), _norm(parts.final_norm), parts.cos_sin_PR.data_ptr(),
             parts.head.address, ctypes.addressof(layers),
             len(layers), self._width, parts.cos_sin_PR.shape[1],
-            parts.embed_VD.dtype is torch.float32, parts.final_norm.eps, parts.scale,
+            parts.embed_VD.dtype is torch.float32, pages[0].dtype is torch.uint8,
+            parts.final_norm.eps, parts.scale,
         )  # fmt: skip
         self._keep.append(layers)
         self._address = ctypes.addressof(self._pass)

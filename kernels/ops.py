@@ -17,6 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from rayseek.kernels.kv_format import KVDtype
+
 PAGE_TOKENS = 64  # of a page of latents: DeepSeek's context-cache unit (spec section 6.5)
 
 
@@ -41,9 +43,13 @@ class Weight:
 
 
 class Ops(Protocol):
-    """One implementation of every operation. `Any` stands for its own packed weight."""
+    """One implementation of every operation. `Any` stands for its own packed weight.
+
+    kv_dtype: of the pages that it makes.
+    """
 
     name: str
+    kv_dtype: KVDtype
 
     def pack(self, weight: Weight) -> Any:
         """[N, K] in the layout this implementation multiplies by."""
@@ -61,13 +67,14 @@ class Ops(Protocol):
 
     def rms_norm(self, x_TD: Tensor, norm: Norm) -> Tensor: ...
 
-    def new_pages(self, count: int, width: int) -> Tensor:
-        """Empty pages of PAGE_TOKENS latents and keys, X = width; pages[i] is one block of memory.
+    def new_pages(self, count: int, latent: int, rope: int) -> Tensor:
+        """Empty pages of PAGE_TOKENS latents and keys; pages[i] is one block of memory.
 
-        The layout is the implementation's own, 4 bytes a value, rounded up to 16 values a token.
+        The layout is the implementation's own, of as many bytes as `kv_format.py` says; with FP8
+        latents it is uint8 [count, PAGE_TOKENS, bytes of a token], everywhere the same.
         """
 
-    def read_latents(self, pages: Tensor, page_ids: Tensor, width: int) -> Tensor:
+    def read_latents(self, pages: Tensor, page_ids: Tensor, latent: int, rope: int) -> Tensor:
         """What these pages hold, in their order: float32 [tokens, X]."""
 
     def store_latents(
@@ -76,7 +83,8 @@ class Ops(Protocol):
     ) -> None:  # fmt: skip
         """Normalise the latent, rotate the key part, write rows into pages at slots.
 
-        A slot is page * PAGE_TOKENS + offset. What is stored is within 2^-16 of float32.
+        A slot is page * PAGE_TOKENS + offset. What is stored is within 2^-16 of float32, or what
+        `fp8_tokens_ref` makes of it.
         cos_sin_PR: float32 [max positions, R], cos of the R/2 pairs, then sin.
         """
 

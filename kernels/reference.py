@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rayseek.kernels.experts import combine_ref, expert_rows_ref, experts_ref, mlp_ref
 from rayseek.kernels.fp8 import dequantise_ref
-from rayseek.kernels.latent_pages import store_latents_ref
+from rayseek.kernels.kv_format import Fp8Token, KVDtype
+from rayseek.kernels.latent_pages import read_pages_ref, store_latents_ref
 from rayseek.kernels.linear import linear_ref
 from rayseek.kernels.mla_attention import (
     absorb_ref,
@@ -28,6 +29,9 @@ class ReferenceOps:
     """`Ops` in plain PyTorch; a packed weight is its float32 values."""
 
     name = "reference"
+
+    def __init__(self, kv_dtype: KVDtype = "auto") -> None:
+        self.kv_dtype = kv_dtype
 
     def pack(self, weight: Weight) -> Tensor:
         return dequantise_ref(weight)
@@ -51,11 +55,13 @@ class ReferenceOps:
     def rms_norm(self, x_TD: Tensor, norm: Norm) -> Tensor:
         return rms_norm_ref(x_TD, norm)
 
-    def new_pages(self, count: int, width: int) -> Tensor:
-        return torch.zeros(count, PAGE_TOKENS, width)
+    def new_pages(self, count: int, latent: int, rope: int) -> Tensor:
+        if self.kv_dtype == "fp8":
+            return torch.zeros(count, PAGE_TOKENS, Fp8Token(latent, rope).size, dtype=torch.uint8)
+        return torch.zeros(count, PAGE_TOKENS, latent + rope)
 
-    def read_latents(self, pages: Tensor, page_ids: Tensor, width: int) -> Tensor:
-        return pages[page_ids.long()].flatten(0, 1)
+    def read_latents(self, pages: Tensor, page_ids: Tensor, latent: int, rope: int) -> Tensor:
+        return read_pages_ref(pages[page_ids.long()], latent, rope).flatten(0, 1)
 
     def store_latents(
         self, ckr_TX: Tensor, norm: Norm, cos_sin_PR: Tensor, positions_T: Tensor,

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from rayseek.kernels.kv_format import KVDtype
 from rayseek.kernels.native import NativeOps
 from rayseek.kernels.native_build import NativeUnavailableError
 from rayseek.kernels.ops import SplitOps
@@ -15,7 +16,6 @@ from rayseek.kernels.sampler import NativeSampler, Sampler, TorchSampler
 Preference = Literal["auto", "cuda", "native", "reference"]
 Device = Literal["cpu", "cuda"]
 HOPPER = (9, 0)  # compute capability
-PAGE_VALUE_BYTES: dict[Device, int] = {"cpu": 4, "cuda": 2}  # of a value in the latent cache
 
 
 class Choice(NamedTuple):
@@ -28,7 +28,8 @@ class Choice(NamedTuple):
     def arithmetic(self) -> str:
         """What decides how sums are rounded: two with the same name give the same bits."""
         tiles = isinstance(self.ops, NativeOps) and self.ops.amx
-        return f"{self.ops.name}{' amx' if tiles else ''}, drawn by {self.sampler.name}"
+        latents = ", FP8 latents" if self.ops.kv_dtype == "fp8" else ""
+        return f"{self.ops.name}{' amx' if tiles else ''}{latents}, drawn by {self.sampler.name}"
 
     @property
     def sampler(self) -> Sampler:
@@ -56,24 +57,32 @@ def device_for(prefer: Preference = "auto") -> Device:
     return "cpu"
 
 
-def choose_ops(device: Device = "cpu", prefer: Preference = "auto", threads: int = 1) -> Choice:
+def choose_ops(
+    device: Device = "cpu",
+    prefer: Preference = "auto",
+    threads: int = 1,
+    kv_dtype: KVDtype = "auto",
+) -> Choice:
     """The operations for a device (see `device_for`), with the reason.
 
     On a CPU, "auto" takes the native ones where they can be built and loaded, else the reference.
-    threads: how many may share a call with much work. Raises NativeUnavailableError when "native"
-    is asked for and cannot be had.
+    threads: how many may share a call with much work. kv_dtype: of their latent cache. Raises
+    NativeUnavailableError when "native" is asked for and cannot be had.
     """
     if device == "cuda":
         from rayseek.kernels.cuda import CudaOps
 
-        return Choice(CudaOps(), f"Triton kernels for {torch.cuda.get_device_name()}")
+        return Choice(
+            CudaOps(kv_dtype=kv_dtype), f"Triton kernels for {torch.cuda.get_device_name()}"
+        )
     if prefer == "reference":
-        return Choice(ReferenceOps(), "plain PyTorch (slow): chosen by configuration")
+        reason = "plain PyTorch (slow): chosen by configuration"
+        return Choice(ReferenceOps(kv_dtype), reason)
     try:
-        native = NativeOps(threads)
+        native = NativeOps(threads, kv_dtype=kv_dtype)
     except NativeUnavailableError as error:
         if prefer == "native":
             raise
-        return Choice(ReferenceOps(), f"plain PyTorch (slow): {error}")
+        return Choice(ReferenceOps(kv_dtype), f"plain PyTorch (slow): {error}")
     how = "AMX tiles" if native.amx else "vector code, no AMX here"
     return Choice(native, f"C++ built for this CPU: {how}")

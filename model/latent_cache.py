@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from rayseek.kernels.kv_format import KVDtype, token_bytes
 from rayseek.kernels.ops import Ops
 from rayseek.model.batch import PAGE_TOKENS
 from rayseek.model.config import ModelConfig
@@ -25,7 +26,7 @@ class LatentCache:
     ) -> None:
         self.num_pages = num_pages
         self.layers: list[Tensor] = [
-            ops.new_pages(num_pages, config.latent_width)
+            ops.new_pages(num_pages, config.kv_lora_rank, config.qk_rope_head_dim)
             for _ in range(config.num_hidden_layers if layers is None else layers)
         ]
         self._words = [pages.flatten(1).view(torch.int32) for pages in self.layers]
@@ -52,13 +53,16 @@ class LatentCache:
             words[index] = part
 
     @staticmethod
-    def page_bytes(config: ModelConfig, layers: int | None = None, value_bytes: int = 4) -> int:
-        """Bytes of one page over `layers` layers, by default the main model's.
-
-        value_bytes: 4 on a CPU, 2 on a GPU.
-        """
+    def page_bytes(
+        config: ModelConfig,
+        layers: int | None = None,
+        device: str = "cpu",
+        kv_dtype: KVDtype = "auto",
+    ) -> int:
+        """Bytes of one page over `layers` layers, by default the main model's, on "cpu", "cuda"."""
         count = config.num_hidden_layers if layers is None else layers
-        return count * PAGE_TOKENS * -(-config.latent_width // 16) * 16 * value_bytes
+        token = token_bytes(kv_dtype, device, config.kv_lora_rank, config.qk_rope_head_dim)
+        return count * PAGE_TOKENS * token
 
 
 def checksums(words_NW: Tensor) -> list[int]:

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from rayseek.kernels.kv_format import token_bytes
 from rayseek.model.config import ModelConfig
 from rayseek.model.inventory import Kind, inventory
 
 PAGE_TOKENS = 64  # as in batch.py, which needs torch
-KV_ITEM_BYTES = 2  # the cache is BF16
 MTP_KIND = "MTP module"
 
 
@@ -43,7 +43,8 @@ class Ledger:
     slots: int  # expert slots of a rank in each MoE layer
     slot_bytes: int  # one slot over the main model's MoE layers
     mtp_slot_bytes: int
-    kv_bytes_per_token: int  # one latent in each layer of the main model
+    kv_bytes_per_token: int  # one latent in each layer of the main model, in BF16
+    kv_fp8_bytes_per_token: int
     mtp_kv_bytes_per_token: int  # and in the MTP module, when it drafts
     device_bytes: int | None
 
@@ -74,9 +75,17 @@ class Ledger:
     @property
     def room_tokens(self) -> int | None:
         """Tokens of KV in that room, in whole pages."""
+        return self._room_for(self.kv_bytes_per_token)
+
+    @property
+    def fp8_room_tokens(self) -> int | None:
+        """The same with FP8 latents."""
+        return self._room_for(self.kv_fp8_bytes_per_token)
+
+    def _room_for(self, token: int) -> int | None:
         if self.room_bytes is None:
             return None
-        return max(0, self.room_bytes // self.page_bytes) * PAGE_TOKENS
+        return max(0, self.room_bytes // (token * PAGE_TOKENS)) * PAGE_TOKENS
 
 
 @functools.lru_cache(maxsize=16)  # the official inventory has 92,000 tensors
@@ -109,7 +118,10 @@ def make_ledger(
             # Experts of a layer are all of one size: the first stands for every slot's.
             row[3] += spec.bytes * (1 if spec.expert is None else slots)
             slot_bytes[mtp] += spec.bytes if spec.expert is not None else 0
-    latent = config.latent_width * KV_ITEM_BYTES
+    latent, latent_fp8 = (
+        token_bytes(kv_dtype, "cuda", config.kv_lora_rank, config.qk_rope_head_dim)
+        for kv_dtype in ("auto", "fp8")
+    )
     order = [str(kind) for kind in Kind if kind != Kind.MTP_COPY] + [MTP_KIND, str(Kind.MTP_COPY)]
     return Ledger(
         rows=tuple(Row(kind, *sums[kind]) for kind in order if kind in sums),
@@ -118,6 +130,7 @@ def make_ledger(
         slot_bytes=slot_bytes[False],
         mtp_slot_bytes=slot_bytes[True],
         kv_bytes_per_token=latent * config.num_hidden_layers,
+        kv_fp8_bytes_per_token=latent_fp8 * config.num_hidden_layers,
         mtp_kv_bytes_per_token=latent * config.num_nextn_predict_layers,
         device_bytes=None if device_gib is None else int(device_gib * 2**30),
     )
@@ -158,6 +171,7 @@ def _notes(ledger: Ledger) -> list[str]:
         f"{ledger.slots} expert slots a layer.",
         f"KV cache: {ledger.kv_bytes_per_token:,} bytes a token, {ledger.page_bytes:,} a page of "
         f"{PAGE_TOKENS}; drafting with MTP adds {ledger.mtp_kv_bytes_per_token:,} a token.",
+        f"With FP8 latents (engine.kv_dtype: fp8) {ledger.kv_fp8_bytes_per_token:,} bytes a token.",
     ]
     if ledger.device_bytes is not None and ledger.room_bytes is not None:
         device = f"{ledger.device_bytes / 2**30:g} GiB"
@@ -166,7 +180,8 @@ def _notes(ledger: Ledger) -> list[str]:
         else:
             lines.append(
                 f"A device of {device} has {_size(ledger.room_bytes)} left: "
-                f"{ledger.room_tokens:,} tokens of KV, less what activations need."
+                f"{ledger.room_tokens:,} tokens of KV, {ledger.fp8_room_tokens:,} in FP8; less "
+                "what activations need."
             )
     return lines
 

@@ -106,7 +106,9 @@ class MLA:
             limit_T = batch.positions_T[rows].long()
             length = int(limit_T.max()) + 1
             used = batch.page_table_BP[b, : -(-length // PAGE_TOKENS)]
-            cached_SX = self.ops.read_latents(pages, used, c.latent_width)[:length]
+            cached_SX = self.ops.read_latents(pages, used, c.kv_lora_rank, c.qk_rope_head_dim)[
+                :length
+            ]
             kv = self.ops.linear(cached_SX[:, : c.kv_lora_rank], self.kv_b)
             kv_SHW = kv.view(len(cached_SX), heads, nope + c.v_head_dim)
             kr_S1R = cached_SX[:, None, c.kv_lora_rank :].expand(-1, heads, -1)

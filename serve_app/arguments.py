@@ -96,6 +96,12 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "--slice", type=int, metavar="N", help="N layers of V3's true dimensions on one Hopper GPU"
     )
+    bench.add_argument(
+        "--kv-dtype",
+        choices=["auto", "fp8"],
+        default="auto",
+        help="engine.kv_dtype; with --slice too",
+    )
     bench.add_argument("--json", type=Path, help="write the figures there")
 
 

@@ -239,7 +239,7 @@ def run(arguments: argparse.Namespace) -> None:
         results += http_results(arguments.url, arguments.url, arguments.key, name, vocab, points)
     else:
         model = arguments.model or made_model(cache_folder() / "models" / "bench-random-v1", BENCH)
-        settings = EngineSettings()
+        settings = EngineSettings(kv_dtype=arguments.kv_dtype)
         if arguments.threads:
             settings = settings.model_copy(update={"threads": arguments.threads})
         results += in_own_process(engine_results, model, settings, points)

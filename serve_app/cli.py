@@ -240,7 +240,7 @@ def bench(arguments: argparse.Namespace) -> None:
         from rayseek.model.official import DEEPSEEK_V3
 
         device_for("cuda")  # says what is missing
-        bench_slice(DEEPSEEK_V3, arguments.slice)
+        bench_slice(DEEPSEEK_V3, arguments.slice, arguments.kv_dtype)
     else:
         from rayseek.serve_app.bench import run
 

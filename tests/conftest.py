@@ -16,6 +16,7 @@ from rayseek.cluster.engine import Engine, EngineLimits
 from rayseek.cluster.grammar import GrammarCompiler, grammar_vocabulary
 from rayseek.cluster.scheduler import Limits
 from rayseek.cluster.speculation import DepthPolicy, choose_depth
+from rayseek.kernels.kv_format import KVDtype
 from rayseek.kernels.select import choose_ops
 from rayseek.model.batch import PAGE_TOKENS, Batch
 from rayseek.model.cached_model import CachedModel, Passed
@@ -65,8 +66,18 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_path: Path) -> tuple[Transformer, MTPModule]:
-    weights = Checkpoint.open(tiny_path).load(owned_names(TINY), progress=False)
-    ops = choose_ops().ops
+    return load_tiny(tiny_path, "auto")
+
+
+@pytest.fixture(scope="session")
+def tiny_fp8_model(tiny_path: Path) -> tuple[Transformer, MTPModule]:
+    """The same weights; its pages are FP8 ones."""
+    return load_tiny(tiny_path, "fp8")
+
+
+def load_tiny(path: Path, kv_dtype: KVDtype) -> tuple[Transformer, MTPModule]:
+    weights = Checkpoint.open(path).load(owned_names(TINY), progress=False)
+    ops = choose_ops(kv_dtype=kv_dtype).ops
     main = Transformer(TINY, weights, ops, TINY.max_position_embeddings)
     return main, MTPModule(TINY, weights, ops, main)
 
@@ -108,7 +119,11 @@ EngineMaker = Callable[..., Engine]
 
 
 @pytest.fixture(scope="session")
-def make_engine(tiny_model: tuple[Transformer, MTPModule], tiny_path: Path) -> EngineMaker:
+def make_engine(
+    tiny_model: tuple[Transformer, MTPModule],
+    tiny_fp8_model: tuple[Transformer, MTPModule],
+    tiny_path: Path,
+) -> EngineMaker:
     """Engines over one set of weights, each with a page pool of its own.
 
     draft_tokens: 0 is without speculation. blur: draft by foresight (ForesightModel).
@@ -124,9 +139,10 @@ def make_engine(tiny_model: tuple[Transformer, MTPModule], tiny_path: Path) -> E
         draft_tokens: int = 0,
         policy: DepthPolicy = choose_depth,
         blur: float | None = None,
+        kv_dtype: KVDtype = "auto",
     ) -> Engine:
         limits = EngineLimits(pages, context, max_queue, step, draft_tokens)
-        main, mtp = tiny_model
+        main, mtp = tiny_fp8_model if kv_dtype == "fp8" else tiny_model
         if blur is None:
             model = CachedModel(main, pages, mtp if draft_tokens else None)
         else:

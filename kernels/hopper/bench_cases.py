@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rayseek.kernels.cuda import CudaOps
 from rayseek.kernels.fp8 import BLOCK, dequantise_ref, dequantise_rows_ref
 from rayseek.kernels.hopper import (
     bf16_gemm,
@@ -27,6 +28,8 @@ from rayseek.kernels.hopper import (
     router,
     sample,
 )
+from rayseek.kernels.kv_format import token_bytes
+from rayseek.kernels.latent_pages import fp8_tokens_ref, read_pages_ref
 from rayseek.kernels.mla_attention import mla_attention_ref
 from rayseek.kernels.ops import PAGE_TOKENS, Norm, Weight
 from rayseek.kernels.rms_norm import rms_norm_ref
@@ -119,14 +122,16 @@ def cases(d: Dimensions, device: str) -> Iterator[Case]:
             shape = f"{what} {n}x{k}, {experts} experts x {each} rows"
             yield Case("grouped fp8", shape, _grouped(experts, each, n, k, device))
     for batch, context in d.contexts:
-        yield Case("mla decode", f"batch {batch} x {context}", _decode(d, batch, context, device))
+        for name, fp8 in (("mla decode", False), ("mla decode fp8", True)):
+            yield Case(name, f"batch {batch} x {context}", _decode(d, batch, context, device, fp8))
     for new, total in d.prompts:
         yield Case("mla prefill", f"{new} of {total} tokens", _prefill(d, new, total, device))
     for rows in {d.rows[3 % len(d.rows)], d.rows[-1]}:
         for name, build in (
             ("rms_norm + quantise", _norm(d, rows, device)),
             ("silu * up + quantise", _silu(d, rows, device)),
-            ("store_latents", _store(d, rows, device)),
+            ("store_latents", _store(d, rows, device, False)),
+            ("store_latents fp8", _store(d, rows, device, True)),
             ("router", _route(d, rows, device)),
             ("expert sort + tiles", _sort(d, rows, device)),
             ("expert combine", _combine(d, rows, device)),
@@ -248,11 +253,15 @@ def _grouped(experts: int, each: int, n: int, k: int, device: str) -> Callable[[
     return build
 
 
-def _decode(d: Dimensions, batch: int, context: int, device: str) -> Callable[[], Built]:
+def _decode(d: Dimensions, batch: int, context: int, device: str, fp8: bool) -> Callable[[], Built]:
     def build() -> Built:
         per = -(-context // PAGE_TOKENS)
         width = d.latent + d.rope
-        pages = torch.randn(batch * per, PAGE_TOKENS, width, device=device).bfloat16()
+        plain_pages = torch.randn(batch * per, PAGE_TOKENS, width, device=device).bfloat16()
+        pages = plain_pages
+        if fp8:
+            tokens = plain_pages.float().view(-1, width).split([d.latent, d.rope], dim=1)
+            pages = fp8_tokens_ref(*tokens).view(batch * per, PAGE_TOKENS, -1)
         table = torch.randperm(batch * per, device=device).int().view(batch, per)
         sequence = torch.arange(batch, dtype=torch.int32, device=device)
         position = torch.full((batch,), context - 1, dtype=torch.int32, device=device)
@@ -265,25 +274,30 @@ def _decode(d: Dimensions, batch: int, context: int, device: str) -> Callable[[]
 
         def error() -> float:
             expected = mla_attention_ref(
-                q[:2].float(), pages.float(), table,
+                q[:2].float(), read_pages_ref(pages, d.latent, d.rope).float(), table,
                 sequence[:2], position[:2], width**-0.5, d.latent,
             )  # fmt: skip
             return relative(run(slice(0, 2)), expected)
 
-        gathered = pages[table.long()].view(batch, -1, width)[:, :context]
+        gathered = plain_pages[table.long()].view(batch, -1, width)[:, :context]
 
         def plain() -> Tensor:
             score = torch.bmm(q, gathered.transpose(1, 2)) * width**-0.5
             return torch.bmm(score.softmax(-1), gathered[..., : d.latent])
 
         keys = float(batch * context)
-        moved = 2 * keys * width + 2 * batch * d.heads * (width + d.latent)
+        moved = keys * _token(d, fp8) + 2 * batch * d.heads * (width + d.latent)
         return Built(
             run, error, moved, 2 * keys * d.heads * (width + d.latent), "bf16",
             {"cuBLAS bmm": plain},
         )  # fmt: skip
 
     return build
+
+
+def _token(d: Dimensions, fp8: bool) -> float:
+    """Bytes of a cached token."""
+    return float(token_bytes("fp8" if fp8 else "auto", "cuda", d.latent, d.rope))
 
 
 def _prefill(d: Dimensions, new: int, total: int, device: str) -> Callable[[], Built]:
@@ -354,13 +368,12 @@ def _silu(d: Dimensions, rows: int, device: str) -> Callable[[], Built]:
     return build
 
 
-def _store(d: Dimensions, rows: int, device: str) -> Callable[[], Built]:
+def _store(d: Dimensions, rows: int, device: str, fp8: bool) -> Callable[[], Built]:
     def build() -> Built:
         width = d.latent + d.rope
         x, norm = torch.randn(rows, width, device=device).bfloat16(), _norm_of(d.latent, device)
-        pages = torch.zeros(
-            -(-rows // PAGE_TOKENS), PAGE_TOKENS, width, dtype=torch.bfloat16, device=device
-        )
+        ops = CudaOps(device, "fp8" if fp8 else "auto")
+        pages = ops.new_pages(-(-rows // PAGE_TOKENS), d.latent, d.rope)
         table = yarn_cos_sin(8192, d.rope, 1e4, 40, 4096).to(device)
         positions = torch.arange(rows, dtype=torch.int32, device=device)
 
@@ -369,10 +382,10 @@ def _store(d: Dimensions, rows: int, device: str) -> Callable[[], Built]:
 
         def error() -> float:
             run()
-            stored = pages.view(-1, width)[:rows, : d.latent]
+            stored = read_pages_ref(pages, d.latent, d.rope).flatten(0, 1)[:rows, : d.latent]
             return relative(stored, rms_norm_ref(x[:, : d.latent], norm))
 
-        return Built(run, error, 4.0 * x.numel(), 0.0, "hbm")
+        return Built(run, error, 2.0 * x.numel() + rows * _token(d, fp8), 0.0, "hbm")
 
     return build
 

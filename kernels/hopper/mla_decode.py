@@ -3,7 +3,8 @@
 A program takes 64 heads of one row (the smallest tile that wgmma has) and one split of its
 sequence. Splits have a fixed length and are combined in order, so a row's result depends on its own
 position alone: not on the batch, nor on whether it came in a decode step, as one of several
-speculated tokens, or in a prompt. Reference: `mla_attention_ref`.
+speculated tokens, or in a prompt. FP8 pages are multiplied in bfloat16, which holds their values
+exactly. Reference: `mla_attention_ref`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rayseek.kernels.hopper.latent_cache import fp8_views
 from rayseek.kernels.hopper.offline import Variant
+from rayseek.kernels.kv_format import GROUP, Fp8Token
 from rayseek.kernels.ops import PAGE_TOKENS
 
 SPLIT_TOKENS = 1024  # a row whose sequence fits is done in one piece
@@ -68,6 +71,77 @@ def decode_kernel(
 
 
 @triton.jit
+def _piece(latents, scales, first, token, FROM: tl.constexpr, GROUP: tl.constexpr):
+    """The next values of a page's tokens, of one group, in bfloat16."""
+    data = latents.load([first, FROM]).to(tl.float32)
+    return (data * tl.load(scales + token + FROM // GROUP)[:, None]).to(tl.bfloat16)
+
+
+@triton.jit
+def decode_fp8_kernel(  # noqa: PLR0915  four pieces, each a variable of its own
+    q, latents, scales, keys, page_table, sequence, positions, out, part, part_lse, H, scale_log2,
+    table_row, splits, C: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr,
+    BYTES: tl.constexpr, SCALES_AT: tl.constexpr, KEYS_AT: tl.constexpr, BLOCK_H: tl.constexpr,
+    PAGE: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """`decode_kernel` over FP8 pages, seen as e4m3, float32 and bfloat16. A latent is taken in four
+    pieces, each within a scale's group, which are converted once for scores and values."""
+    row, split = tl.program_id(1), tl.program_id(2)
+    length = tl.load(positions + row) + 1
+    begin = split * SPLIT
+    if begin >= length:
+        return
+    W: tl.constexpr = C // 4
+    head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    c, r, s = tl.arange(0, W), tl.arange(0, R), tl.arange(0, PAGE)
+    there = head[:, None] < H
+    q_at = q + (row.to(tl.int64) * H + head)[:, None] * (C + R) + c[None, :]
+    q0, q1 = tl.load(q_at, there, other=0.0), tl.load(q_at + W, there, other=0.0)
+    q2, q3 = tl.load(q_at + 2 * W, there, other=0.0), tl.load(q_at + 3 * W, there, other=0.0)
+    q_rope = q + (row.to(tl.int64) * H + head)[:, None] * (C + R) + C + r[None, :]
+    q_rope = tl.load(q_rope, there, other=0.0)
+    table = page_table + tl.load(sequence + row) * table_row
+    highest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_H,), tl.float32)
+    result0 = tl.zeros((BLOCK_H, W), tl.float32)
+    result1 = tl.zeros((BLOCK_H, W), tl.float32)
+    result2 = tl.zeros((BLOCK_H, W), tl.float32)
+    result3 = tl.zeros((BLOCK_H, W), tl.float32)
+    for start in range(begin, min(begin + SPLIT, length), PAGE):
+        first = tl.load(table + start // PAGE) * PAGE
+        token = ((first + s).to(tl.int64) * BYTES + SCALES_AT) // 4
+        k0 = _piece(latents, scales, first, token, 0 * W, GROUP)
+        k1 = _piece(latents, scales, first, token, 1 * W, GROUP)
+        k2 = _piece(latents, scales, first, token, 2 * W, GROUP)
+        k3 = _piece(latents, scales, first, token, 3 * W, GROUP)
+        score = tl.dot(q_rope, keys.load([first, KEYS_AT // 2]).T)
+        score = tl.dot(q1, k1.T, tl.dot(q0, k0.T, score))
+        score = tl.dot(q3, k3.T, tl.dot(q2, k2.T, score)) * scale_log2
+        score = tl.where((start + s)[None, :] < length, score, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(score, axis=1))
+        shrink = tl.exp2(highest - new_highest)
+        weight = tl.exp2(score - new_highest[:, None])
+        total = total * shrink + tl.sum(weight, axis=1)
+        weight = weight.to(tl.bfloat16)
+        result0 = tl.dot(weight, k0, result0 * shrink[:, None])
+        result1 = tl.dot(weight, k1, result1 * shrink[:, None])
+        result2 = tl.dot(weight, k2, result2 * shrink[:, None])
+        result3 = tl.dot(weight, k3, result3 * shrink[:, None])
+        highest = new_highest
+    at = row.to(tl.int64) * H
+    target = out + at * C
+    if length > SPLIT:
+        at = (row.to(tl.int64) * splits + split) * H
+        target = part + at * C
+    target = target + head[:, None] * C + c[None, :]
+    tl.store(target, (result0 / total[:, None]).to(tl.bfloat16), there)
+    tl.store(target + W, (result1 / total[:, None]).to(tl.bfloat16), there)
+    tl.store(target + 2 * W, (result2 / total[:, None]).to(tl.bfloat16), there)
+    tl.store(target + 3 * W, (result3 / total[:, None]).to(tl.bfloat16), there)
+    tl.store(part_lse + at + head, highest + tl.log2(total), (head < H) & (length > SPLIT))
+
+
+@triton.jit
 def combine_kernel(
     part, part_lse, positions, out, H, splits, C: tl.constexpr, BLOCK_H: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -112,27 +186,40 @@ def mla_attention(
     scale: float,
     latent: int,
 ) -> Tensor:
-    """As `mla_attention_ref`, in bfloat16: q [T, H, X], pages [P, 64, X] -> [T, H, C].
+    """As `mla_attention_ref`, in bfloat16: q [T, H, X], pages [P, 64, X] or FP8 -> [T, H, C].
 
     The page table's width bounds the splits of every row: a caller that knows the longest sequence
     of the batch should cut the table to it.
     """
-    rows, heads, width = q.shape
+    rows, heads, rope = q.shape[0], q.shape[1], q.shape[2] - latent
     out = torch.empty(rows, heads, latent, dtype=q.dtype, device=q.device)
     if not rows:
         return out
     splits = splits_for(page_table.shape[1] * PAGE_TOKENS)
     parts = splits if splits > 1 else 0
-    flat = pages.view(-1, width)
     part = torch.empty(rows, parts, heads, latent, dtype=q.dtype, device=q.device)
     part_lse = torch.empty(rows, parts, heads, device=q.device)
-    decode_kernel[(triton.cdiv(heads, HEADS), rows, splits)](
-        q, TensorDescriptor.from_tensor(flat, [PAGE_TOKENS, latent]),
-        TensorDescriptor.from_tensor(flat, [PAGE_TOKENS, width - latent]),
-        page_table, sequence, positions, out, part, part_lse, heads,
-        scale * 1.4426950408889634, page_table.stride(0), splits, latent, width - latent, HEADS,
-        PAGE_TOKENS, SPLIT_TOKENS, num_warps=WARPS, num_stages=STAGES,
+    grid = triton.cdiv(heads, HEADS), rows, splits
+    rest = (
+        page_table, sequence, positions, out, part, part_lse, heads, scale * 1.4426950408889634,
+        page_table.stride(0), splits, latent, rope,
     )  # fmt: skip
+    tile = {"BLOCK_H": HEADS, "PAGE": PAGE_TOKENS, "SPLIT": SPLIT_TOKENS, "num_warps": WARPS,
+            "num_stages": STAGES}  # fmt: skip
+    if pages.dtype is torch.uint8:
+        token = Fp8Token(latent, rope)
+        data, scales, keys = (view.view(-1, view.shape[-1]) for view in fp8_views(pages))
+        decode_fp8_kernel[grid](
+            q, TensorDescriptor.from_tensor(data, [PAGE_TOKENS, latent // 4]), scales,
+            TensorDescriptor.from_tensor(keys, [PAGE_TOKENS, rope]), *rest, GROUP, token.size,
+            token.scales_at, token.keys_at, **tile,
+        )  # fmt: skip
+    else:
+        flat = pages.view(-1, latent + rope)
+        decode_kernel[grid](
+            q, TensorDescriptor.from_tensor(flat, [PAGE_TOKENS, latent]),
+            TensorDescriptor.from_tensor(flat, [PAGE_TOKENS, rope]), *rest, **tile,
+        )  # fmt: skip
     if parts:
         combine_kernel[(rows, triton.cdiv(heads, COMBINE_HEADS))](
             part, part_lse, positions, out, heads, splits, latent, COMBINE_HEADS, SPLIT_TOKENS,
@@ -150,10 +237,16 @@ def _variants() -> list[Variant]:
     }  # fmt: skip
     decode = {"C": 512, "R": 64, "BLOCK_H": HEADS, "PAGE": PAGE_TOKENS, "SPLIT": SPLIT_TOKENS}
     combine = {"C": 512, "BLOCK_H": COMBINE_HEADS, "SPLIT": SPLIT_TOKENS}
+    token = Fp8Token(512, 64)
+    of_fp8 = {"latents": f"tensordesc<fp8e4nv[{PAGE_TOKENS}, 128]>", "scales": "*fp32"}
+    fp8 = {"GROUP": GROUP, "BYTES": token.size, "SCALES_AT": token.scales_at,
+           "KEYS_AT": token.keys_at}  # fmt: skip
     loose = ("table_row", "splits")
     return [
         Variant("mla_decode", decode_kernel, types, decode, WARPS, STAGES, wgmma=True, tma=True,
                 unaligned=loose),
+        Variant("mla_decode fp8", decode_fp8_kernel, types | of_fp8, decode | fp8, WARPS, STAGES,
+                wgmma=True, tma=True, unaligned=loose),
         Variant("mla_combine", combine_kernel, types, combine, 4, unaligned=loose),
     ]  # fmt: skip
 

@@ -157,14 +157,14 @@ def test_latents_are_stored_where_told(ops: NativeOps) -> None:
     ckr, norm = randn(1, t, latent + 8 + 5)[:, 5:], Norm(randn(2, latent), 1e-6)
     slots = torch.randperm(3 * 64, generator=torch.Generator().manual_seed(3))[:t]
     positions = torch.arange(t, dtype=torch.int32) * 40
-    got, expected = ops.new_pages(3, latent + 8), REFERENCE.new_pages(3, latent + 8)
+    got, expected = ops.new_pages(3, latent, 8), REFERENCE.new_pages(3, latent, 8)
     ops.store_latents(ckr, norm, COS_SIN, positions, slots, got)
     REFERENCE.store_latents(ckr, norm, COS_SIN, positions, slots, expected)
     which = torch.tensor([2, 0], dtype=torch.int32)
-    read = [each.read_latents(pages, which, latent + 8)
+    read = [each.read_latents(pages, which, latent, 8)
             for each, pages in ((ops, got), (REFERENCE, expected))]  # fmt: skip
     close(read[0], read[1], 8e-6)
-    close(ops.read_latents(as_pages(ops, expected), which, latent + 8), read[1], 8e-6)
+    close(ops.read_latents(as_pages(ops, expected), which, latent, 8), read[1], 8e-6)
     close(ops.rms_norm(ckr[:, :latent], norm), REFERENCE.rms_norm(ckr[:, :latent], norm))
 
 
@@ -319,7 +319,7 @@ def test_wrong_shapes_are_refused(ops: NativeOps) -> None:
     layer = Layer(ops, "bf16")
     with pytest.raises(ValueError, match="rows have 71 values, the weight takes 72"):
         ops.linear(torch.zeros(2, 71), layer.w)
-    with pytest.raises(ValueError, match=r"pages must come from new_pages\(count, 48\)"):
+    with pytest.raises(ValueError, match=r"pages must come from new_pages\(count, 40, 8\)"):
         ops.attend(torch.zeros(1, 3, 24), layer.w_uk, layer.w_uv, COS_SIN, torch.zeros(2, 64, 48),
                    layer.cache.table, torch.zeros(1).int(), torch.zeros(1).int(), 1.0)  # fmt: skip
     with pytest.raises(ValueError, match=r"expert ids must be 0\.\.7"):

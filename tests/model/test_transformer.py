@@ -189,7 +189,9 @@ def test_mtp_module_follows_its_definition(tmp_path: Path, ops: Ops) -> None:
         ),
         model.final_norm,
     )
-    logits, normed = mtp(batch, hidden, ops.new_pages(2, config.latent_width))
+    logits, normed = mtp(
+        batch, hidden, ops.new_pages(2, config.kv_lora_rank, config.qk_rope_head_dim)
+    )
 
     def norm(x: Tensor, name: str) -> Tensor:
         w = weights.tensor(f"model.layers.{layer}.{name}.weight").float()
@@ -198,7 +200,7 @@ def test_mtp_module_follows_its_definition(tmp_path: Path, ops: Ops) -> None:
     embedded = weights.tensor("model.embed_tokens.weight")[ids[1:]].float()
     eh = weights.tensor(f"model.layers.{layer}.eh_proj.weight").float()
     x = torch.cat([norm(embedded, "enorm"), norm(hidden, "hnorm")], dim=1) @ eh.T
-    pages = ops.new_pages(2, config.latent_width)
+    pages = ops.new_pages(2, config.kv_lora_rank, config.qk_rope_head_dim)
     y = mtp.block.feed_forward(mtp.block.attend(x, batch, pages, model.cos_sin_PR))
     expected = norm(y, "shared_head.norm")
     assert torch.allclose(normed, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from rayseek.kernels.hopper import bf16_gemm, latent_cache, mla_decode, mla_prefill
-from rayseek.kernels.latent_pages import store_latents_ref
+from rayseek.kernels.latent_pages import fp8_tokens_ref, read_pages_ref, store_latents_ref
 from rayseek.kernels.mla_attention import mla_attention_ref
 from rayseek.kernels.ops import PAGE_TOKENS, Norm
+from rayseek.kernels.reference import ReferenceOps
 from rayseek.kernels.rope import rotate_ref, yarn_cos_sin
 
 
@@ -53,6 +54,24 @@ def test_latents_are_stored_rounded_once() -> None:
     assert (pages == exact.bfloat16()).float().mean() > 0.999
 
 
+def test_fp8_latents_are_the_references_bytes() -> None:
+    for latent, rope in ((256, 16), (64, 16)):
+        ckr = random(6, 10 + latent + rope).bfloat16()[:, 10:]
+        ckr[1] *= 1e-4
+        ckr[2, 5] = 2000.0
+        ckr[3] = 0
+        norm, table = Norm(random(latent, seed=1), 1e-6), yarn_cos_sin(200, rope, 1e4, 40, 100)
+        positions = torch.tensor([0, 199, 7, 8, 64, 3], dtype=torch.int32)
+        slots = torch.tensor([3, 64, 191, 100, 0, 1])
+        pages = ReferenceOps("fp8").new_pages(3, latent, rope)
+        exact = pages.clone()
+        latent_cache.store_latents(ckr, norm, table, positions, slots, pages)
+        store_latents_ref(ckr, norm, table, positions, slots, exact)
+        assert (pages == exact).float().mean() > 0.999
+        got, expected = (read_pages_ref(p, latent, rope) for p in (pages, exact))
+        torch.testing.assert_close(got, expected, rtol=1 / 7, atol=1e-6)
+
+
 def test_queries_are_rotated_in_place_of_a_slice() -> None:
     q, table = random(4, 5, 24).bfloat16(), yarn_cos_sin(50, 8, 1e4, 40, 100)
     positions = torch.tensor([0, 49, 3, 4], dtype=torch.int32)
@@ -72,17 +91,21 @@ def paged(lengths: list[int], width: int) -> tuple[Tensor, Tensor]:
     return random(sum(counts), PAGE_TOKENS, width, seed=4).bfloat16(), table
 
 
-@pytest.mark.parametrize("heads", [2, 66])
-def test_attention_over_pages(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("heads, fp8", [(2, False), (66, False), (2, True), (66, True)])
+def test_attention_over_pages(heads: int, fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short and long sequences, one to three rows of each, one split and several."""
     monkeypatch.setattr(mla_decode, "SPLIT_TOKENS", 128)
-    latent, rope, lengths = 32, 16, [1, 64, 129, 400]
+    latent, rope, lengths = 256 if fp8 else 32, 16, [1, 64, 129, 400]
     pages, table = paged(lengths, latent + rope)
+    if fp8:
+        tokens = pages.float().flatten(0, 1).split([latent, rope], dim=1)
+        pages = fp8_tokens_ref(*tokens).view(len(pages), PAGE_TOKENS, -1)
     rows = [(0, 0), (1, 62), (1, 63), (2, 126), (2, 127), (2, 128), (3, 399)]
     sequence, positions = (torch.tensor(x, dtype=torch.int32) for x in zip(*rows, strict=True))
     q = random(len(rows), heads, latent + rope).bfloat16()
     out = mla_decode.mla_attention(q, pages, table, sequence, positions, 0.15, latent)
-    expected = mla_attention_ref(q.float(), pages.float(), table, sequence, positions, 0.15, latent)
+    plain = read_pages_ref(pages, latent, rope).float()
+    expected = mla_attention_ref(q.float(), plain, table, sequence, positions, 0.15, latent)
     close(out, expected, 6)
     for t in range(len(rows)):  # alone, with a table just wide enough: the same bits
         width = int(positions[t]) // PAGE_TOKENS + 1

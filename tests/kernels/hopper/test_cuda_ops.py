@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rayseek.kernels.cuda import CudaOps
 from rayseek.kernels.fp8 import quantise_blocks_ref
+from rayseek.kernels.kv_format import KVDtype
 from rayseek.kernels.ops import Weight
 from rayseek.kernels.reference import ReferenceOps
 from rayseek.model.batch import Batch
@@ -65,13 +66,13 @@ def passes(ops: CudaOps | ReferenceOps, fp8: bool) -> Tensor:
     return torch.cat([model(first, cache), model(second, cache)])
 
 
-@pytest.mark.parametrize("fp8, noise", [(True, 0.15), (False, 0.06)])
-def test_a_model_gives_the_references_logits(fp8: bool, noise: float) -> None:
+@pytest.mark.parametrize("fp8, kv, noise", [(True, "auto", 0.15), (False, "fp8", 0.06)])
+def test_a_model_gives_the_references_logits(fp8: bool, kv: KVDtype, noise: float) -> None:
     """To the noise of e4m3 activations, which a wrong rotation or page would exceed many times.
 
     In a few rows it sends the row to another expert.
     """
-    expected, actual = passes(ReferenceOps(), fp8), passes(CudaOps("cpu"), fp8)
+    expected, actual = passes(ReferenceOps(kv), fp8), passes(CudaOps("cpu", kv), fp8)
     assert actual.dtype is torch.float32
     error_T = ((actual - expected).norm(dim=1) / expected.norm(dim=1)).sort().values
     assert error_T.median() < noise and error_T[int(0.8 * len(error_T))] < 1.5 * noise, error_T

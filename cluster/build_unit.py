@@ -81,7 +81,8 @@ def build_expert_rank(
 def fingerprint_of(spec: RankSpec) -> str:
     """Of what a rank of this kind computes with, as an engine tells it."""
     settings = spec.settings
-    choice = choose_ops(device_for(settings.kernels), settings.kernels, settings.threads)
+    device = device_for(settings.kernels)
+    choice = choose_ops(device, settings.kernels, settings.threads, settings.kv_dtype)
     return fingerprint(Path(spec.model_path), choice.arithmetic)
 
 

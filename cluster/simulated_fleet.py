@@ -32,25 +32,25 @@ class FleetUnit:
     aboard: set[int] = field(default_factory=set)  # numbers of requests
     busy: float = 0.0
     rate: float = 0.0
-    _before: tuple[float, int, int] = (0.0, 0, 0)
+    _before: tuple[float, float, int, int] = (0.0, 0.0, 0, 0)
 
     def stats(self, passed: float) -> UnitStats:
         """As UnitReport.to_scale_by has it after so many seconds of pulses."""
         sim, weight = self.sim, 1 - (1 - MEMORY) ** passed
-        now = sim.busy_s, sim.steps, sim.prompt_rows
-        spent, steps, rows = (a - b for a, b in zip(now, self._before, strict=True))
+        now = sim.busy_s, sim.step_s, sim.steps, sim.prompt_rows
+        busy, spent, steps, rows = (a - b for a, b in zip(now, self._before, strict=True))
         self._before = now
-        part = min(1.0, spent / passed)
+        part = min(1.0, busy / passed)
         self.busy = self.busy + weight * (part - self.busy) if self.busy else part
-        if rows and spent:
-            rate = rows / spent
+        if rows and busy:
+            rate = rows / busy
             self.rate = self.rate + weight * (rate - self.rate) if self.rate else rate
         return UnitStats(
             prompt_tokens_queued=float(sim.tokens_queued.sum()),
             prompt_tokens_per_s=self.rate,
             busy=self.busy,
             running=float(sim.running),
-            waiting=float((sim.queued + self.parked).sum()),
+            waiting=float(sim.queued.sum()),
             kv_used=float(sim.used.mean()) / sim.pages,
             step_s=spent / steps if steps else 0.0,
         )

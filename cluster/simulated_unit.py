@@ -79,7 +79,7 @@ class SimulatedUnit:
         self.batch = np.zeros(ranks, np.int64)
         # Totals so far.
         self.steps = self.prompt_rows = self.preemptions = 0
-        self.busy_s = self.tokens = 0.0
+        self.step_s = self.busy_s = self.tokens = 0.0  # busy: ranks that have rows, in the mean
         self.limited: dict[str, float] = {}  # seconds, by what limited the steps
         self.held_up: dict[str, int] = {}  # plans that left prompts waiting, by why
 
@@ -111,12 +111,14 @@ class SimulatedUnit:
             return math.inf
         self._ending = self._take_pages()
         rows = seen = most = 0
+        busy = np.count_nonzero(self.batch)
         for rank in sorted(self._active):
             of_rank = 0
             for job in self._plan(rank):
                 of_rank += job.rows
                 seen += job.rows * (2 * job.computed + job.rows)
             most, rows = max(most, of_rank), rows + of_rank
+            busy += of_rank > 0 and not self.batch[rank]
         batch = int(self.batch.max())
         decoding = int(self.batch.sum())
         context = self._context / decoding if decoding else 0.0
@@ -130,7 +132,8 @@ class SimulatedUnit:
             self._steps = max(1, min(free, date, MOST_ALIKE))
         seconds *= self._steps
         self.prompt_rows += rows
-        self.busy_s += seconds
+        self.step_s += seconds
+        self.busy_s += seconds * busy / self.ranks
         self.steps += self._steps
         self.limited[limit] = self.limited.get(limit, 0.0) + seconds
         return now + seconds

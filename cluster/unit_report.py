@@ -196,7 +196,7 @@ class UnitReport:
             "prompt_tokens_per_s": sum(r.prompt_rows_per_s for r, _ in engines),
             "busy": sum(r.busy for r, _ in engines) / len(engines) if engines else 0.0,
             "running": float(sum(x.running for _, x in engines)),
-            "waiting": float(sum(x.waiting for _, x in engines)),
+            "waiting": float(sum(x.waiting - x.parked for _, x in engines)),
             "kv_used": sum(pages) / len(pages) if pages else 0.0,
             "step_s": max((r.step_s for r, x in engines if x.running), default=0.0),
             "experts": float(len(experts)),

@@ -63,7 +63,7 @@ class Load:
     def __init__(self, **values: int) -> None:
         self.running, self.waiting = values.get("running", 0), values.get("waiting", 0)
         self.pages_held, self.pages_total = values.get("pages_held", 0), 100
-        self.prompt_tokens_queued = values.get("queued", 0)
+        self.prompt_tokens_queued, self.parked = values.get("queued", 0), values.get("parked", 0)
         self.draft_depth, self.drafted, self.accepted = 1, (10, 4), (8, 2)
 
 
@@ -122,7 +122,8 @@ def test_lone_rank_and_its_successor() -> None:
     report.take(10.0, {"a": pulse(5, running=3, pages_held=40, queued=500)}, None)
     load.add(placement, 0, rows.rows)
     report.count_experts(placement, 0, rows)
-    report.take(11.0, {"a": pulse(9, 1.5, running=3, pages_held=40, queued=500)}, None)
+    now = pulse(9, 1.5, running=3, pages_held=40, queued=500, waiting=5, parked=3)
+    report.take(11.0, {"a": now}, None)
     member = Member("a", "attention", "n", "")
     state = ([member], placement, load.rows, ["one thing is wrong"], 0)
     report.publish(None, *state)
@@ -136,6 +137,7 @@ def test_lone_rank_and_its_successor() -> None:
     assert book.total("unit_problems") == 1 and book.total("unit_ranks", kind="attention") == 1
     stats = report.to_scale_by(placement, load.rows)
     assert stats["kv_used"] == 0.4 and stats["prompt_tokens_queued"] == 500
+    assert stats["waiting"] == 2, "whose pages are on their way need no more decode units"
     assert stats["step_s"] == pytest.approx(0.5 / 4)
     assert stats["prompt_tokens_per_s"] == pytest.approx(400 / 0.5)
     assert all(type(v) is float for v in stats.values()), "Serve takes numbers only"

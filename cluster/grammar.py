@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,10 +89,13 @@ class GrammarCompiler:
         self._compiler = ThreadPoolExecutor(1, "grammar")
         self._masker = ThreadPoolExecutor(1, "grammar-mask")
         self._executor = LLExecutor(threads)
+        self.on_ready: Callable[[], None] | None = None  # called in a thread: `finished` has news
 
     def start(self, key: str, grammar: str, emitted: Sequence[int]) -> None:
         """Begin to make a matcher that stands behind `emitted` tokens."""
         future = self._compiler.submit(self._make, grammar, list(emitted))
+        if self.on_ready is not None:
+            future.add_done_callback(lambda _, tell=self.on_ready: tell())
         self._pending[key] = _Pending(future, monotonic() + COMPILE_SECONDS)
 
     def cancel(self, key: str) -> None:

@@ -5,6 +5,10 @@ with a vote: who has rows, of which kind, and who knows of a newer plan. Those w
 part with none. When an exchange breaks, because somebody died or left, the group is dropped, the
 next plan is awaited, and the pass runs again: it writes the same cache slots, so nobody notices
 but the clock.
+
+A pass may also fail by an error of a member's own computation, which may be due to anybody's rows.
+That member says so in the group's store and leaves. Each member with rows in the pass then runs
+its own alone: who fails again knows that it has the cause on board, and the others lose a pass.
 """
 
 from __future__ import annotations
@@ -23,7 +27,15 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistStoreError
 
-from rayseek.cluster.agreement import Agreement, Closed, Kind, Vote, agree
+from rayseek.cluster.agreement import (
+    Agreement,
+    Closed,
+    Kind,
+    PassFailed,
+    Unfit,
+    Vote,
+    agree,
+)
 from rayseek.cluster.exchange import Exchange, Mode, RemoteExperts
 from rayseek.cluster.group import ExchangeBroken, Group, open_store
 from rayseek.cluster.plan import Exchanged, ExpertRows, Pulse, UnitPlan
@@ -36,10 +48,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rayseek.participant")
 
-BELL_S = 30.0  # a sleeper looks up so often, should a bell be lost
+BELL_S = 5.0  # a sleeper looks up so often, should a bell be lost
 AGREEMENT = "agreement"
 CONNECT = timedelta(seconds=3)
 FEW_ROWS = 32  # of a member in a pass
+MOST_FAILURES = 12  # in a row; finding one request that fails takes four of them
+GROUP_ENDS = (ExchangeBroken,)  # or what else says that the group is over
 Result = TypeVar("Result")
 
 
@@ -87,7 +101,7 @@ class Participant:
         self._useless_epoch = -1  # plans up to here have been given up
         self._formed: _Formed | None = None
         self._connected: tuple[str, TCPStore, TCPStore] | None = None
-        self._passes = 0
+        self._passes = self._failures = 0
         self._exchanged = Exchanged(0, {})  # in the epochs before
         self._where, self._since = "start", time.monotonic()
 
@@ -164,32 +178,43 @@ class Participant:
         """Run a pass of our own: `work` computes it, reaching experts through `exchange`.
 
         Takes part in the others' passes until ours is agreed on. `work` runs again from its start
-        if the group breaks meanwhile. Raises what `work` raises, and Closed.
+        if the group breaks meanwhile, or the pass fails while it has others' rows as well. Raises
+        what `work` raises, PassFailed, Closed, and Unfit.
         """
+        alone = ours = only = False
         while True:
+            formed, ours = None, False
             try:
                 formed = self._group()
-                agreement = self._agreement(formed, kind, rows)
-                if agreement.kind == kind and not agreement.adopt:
+                agreement = self._agreement(formed, kind, rows, alone)
+                ours, only = agreement.takes(formed.rank, kind), agreement.only(formed.rank)
+                if ours:
                     self._start_pass(formed, agreement)
-                    return work()
+                    result = work()
+                    self._failures = 0
+                    return result
                 self._follow(formed, agreement)
-            except ExchangeBroken as broken:
+            except GROUP_ENDS as broken:
+                failure = formed.failure() if formed and ours else None
                 self._drop(broken)
-            except Closed:
-                raise
+                if failure and only:
+                    raise PassFailed(failure) from None
+                alone = alone or failure is not None
             except Exception as error:
-                # Its frames hold started exchanges, and so the group's sockets.
-                traceback.clear_frames(error.__traceback__)
-                # The others are in the middle of our pass: only a new group gets us out of step.
-                self._drop(ExchangeBroken(f"{self.name} failed in a pass"))
-                raise
+                self._fail(formed, error)
+                if ours and only:
+                    raise
+                alone = alone or ours
             finally:
                 self._at("between passes")
 
     @torch.inference_mode()
     def idle(self, has_work: Callable[[], bool]) -> None:
-        """Nothing to do here: take part in one pass of the others, or sleep until a bell."""
+        """Nothing to do here: take part in one pass of the others, or sleep until a bell.
+
+        Raises Closed, and Unfit.
+        """
+        formed = None
         try:
             formed = self._group()
             agreement = self._agreement(formed, Kind.NOTHING, 0)
@@ -197,8 +222,10 @@ class Participant:
                 self._sleep(formed, has_work)
             else:
                 self._follow(formed, agreement)
-        except ExchangeBroken as broken:
+        except GROUP_ENDS as broken:
             self._drop(broken)
+        except Exception as error:
+            self._fail(formed, error)
         finally:
             self._at("between passes")
 
@@ -247,12 +274,12 @@ class Participant:
     def _at(self, where: str) -> None:
         self._where, self._since = where, time.monotonic()
 
-    def _agreement(self, formed: _Formed, kind: Kind, rows: int) -> Agreement:
+    def _agreement(self, formed: _Formed, kind: Kind, rows: int, alone: bool = False) -> Agreement:
         self._at(AGREEMENT)
         newest = self._newest
         assert newest is not None
-        votes = formed.group.all_gather((kind, rows, newest[0].epoch))
-        agreement = agree([Vote(Kind(k), r, e) for k, r, e in votes], formed.plan.epoch)
+        votes = formed.group.all_gather((kind, rows, newest[0].epoch, alone))
+        agreement = agree([Vote(Kind(k), r, e, bool(a)) for k, r, e, a in votes], formed.plan.epoch)
         self._at(f"{agreement.kind.name.lower()} pass {self._passes}")
         return agreement
 
@@ -263,6 +290,7 @@ class Participant:
             return
         parts = self._start_pass(formed, agreement)
         formed.exchange.idle(self._layers[agreement.kind], parts)
+        self._failures = 0
 
     def _start_pass(self, formed: _Formed, agreement: Agreement) -> int:
         """Returns in how many micro-batches it runs."""
@@ -318,11 +346,24 @@ class Participant:
         newest = self._newest
         return newest if newest is not None and newest[0].epoch > self._useless_epoch else None
 
-    def _drop(self, broken: ExchangeBroken) -> None:
+    def _drop(self, broken: RuntimeError) -> None:
         """Leave the group, which ends it for everybody, and tell the leader."""
         log.warning("%s: epoch %d ends: %s", self.name, self._useless_epoch, str(broken))
         self._on_broken(Broken(self._useless_epoch, str(broken)))
         self.leave()
+
+    def _fail(self, formed: _Formed | None, error: Exception) -> None:
+        """An error of our own in a pass: say so, and leave. The others are in the middle of the
+        pass, and only a new group gets us out of step."""
+        log.error("%s failed in %s", self.name, self._where, exc_info=error)
+        # Its frames hold started exchanges, and so the group's sockets.
+        traceback.clear_frames(error.__traceback__)
+        if formed is not None:
+            formed.tell_failure(f"{self.name}: {error!r}")
+        self._drop(ExchangeBroken(f"{self.name} failed in a pass: {error!r}"))
+        self._failures += 1
+        if self._failures >= MOST_FAILURES:
+            raise Unfit(f"{self.name} failed in {self._failures} passes in a row")
 
 
 def take_part_for_ever(participant: Participant) -> None:
@@ -348,7 +389,7 @@ class _Formed:
     def __init__(
         self, me: Participant, plan: UnitPlan, rank: int, slots: ExpertSlots | None
     ) -> None:
-        self.plan = plan
+        self.plan, self.rank = plan, rank
         self._keys = f"{plan.members[0].name}/e{plan.epoch}"
         # Two connections: one sleeps on the bell while the other rings it.
         self._sleeper, self._ringer = me.connections(plan.members[0].store)
@@ -384,6 +425,19 @@ class _Formed:
         except RuntimeError as error:
             raise ExchangeBroken(f"the store of {self.plan.members[0].name} is gone") from error
         return True
+
+    def tell_failure(self, what: str) -> None:
+        """To the others, before this member leaves because of an error of its own."""
+        with contextlib.suppress(RuntimeError):
+            self._sleeper.set(f"{self._keys}/failed", what)
+
+    def failure(self) -> str | None:
+        """What a member told that left so; None: it died, or was ended."""
+        key = f"{self._keys}/failed"
+        with contextlib.suppress(RuntimeError):  # its host died
+            if self._sleeper.check([key]):
+                return bytes(self._sleeper.get(key)).decode()
+        return None
 
     def close(self) -> None:
         self.group.close()

@@ -165,6 +165,17 @@ def _first(present: Sequence[Member], count: int, current: UnitPlan | None) -> l
 
 
 def problems(plan: UnitPlan | None, present: Sequence[Member], wanted: Wanted) -> list[str]:
+def _spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers, as "0-3, 7"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
     """One sentence for each way in which the unit is less than the config asks for."""
     if plan is None:
         return ["the unit is not complete yet"]
@@ -177,11 +188,13 @@ def problems(plan: UnitPlan | None, present: Sequence[Member], wanted: Wanted) -
     if gone:
         sentences.append(f"gone, and being replaced: {', '.join(gone)}")
     if wanted.redundant:
-        alone = max(map(len, plan.placement.single_homed().values()), default=0)
+        homes = plan.placement.single_homed()
+        layer, alone = max(homes.items(), key=lambda item: len(item[1]), default=(0, ()))
         planned = max(wanted.num_experts - wanted.redundant, 0)
-        if alone > planned:
+        if len(alone) > planned:
             sentences.append(
-                f"{alone} of {wanted.num_experts} experts run on one rank only, not {planned}"
+                f"{len(alone)} of {wanted.num_experts} experts run on one rank only, not "
+                f"{planned}; in layer {layer}: {_spans(alone)}"
             )
     return sentences
 

@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # torch stays out of processes that only talk to a rank
 
 log = logging.getLogger("rayseek.rank")
 
+LOOK_S = 1.0  # a step that could do nothing is tried again after this, should nobody tell why
 MAX_STREAMS = 256  # ingress replicas on one rank; each has a thread that mostly sleeps
 
 Stream = int  # one connected ingress
@@ -111,6 +112,7 @@ class EngineLoop:
         self._step_began: float | None = None
         self._load = engine.load
         self.transfers = PageTransfers(engine, transfer or TransferSettings(), self._put)
+        engine.wake_by(lambda: self._put(_nothing))
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -189,24 +191,41 @@ class EngineLoop:
         engine, participant = self._engine, self._participant
         while True:
             while not self._inbox.empty() or not (engine.busy or participant):
-                command = self._inbox.get()
-                if command is None:
+                if not self._obey(self._inbox.get()):
                     return
-                command(engine)
-                if not engine.busy:
-                    self._hand_over()
             if not engine.busy and participant:
                 participant.idle(lambda: not self._inbox.empty())
                 continue
-            steps, self._step_began = engine.steps, time.monotonic()
+            before, self._step_began = engine.progress, time.monotonic()
             deltas = engine.step()
             for delta in deltas:
                 self._post(delta)
             self.transfers.after_step(engine, deltas)
             self._step_began = None
             self._hand_over()
-            if participant and engine.steps == steps:  # it waits for a grammar; others may not
-                participant.idle(lambda: True)
+            if engine.progress == before and not deltas and not self._await_news():
+                return
+
+    def _await_news(self) -> bool:
+        """Requests are there, and nothing can be done for them: they wait for a grammar, or for
+        pages that transfers hold, and a command will tell. Whether to go on."""
+        if self._participant is not None:
+            look = time.monotonic() + LOOK_S
+            self._participant.idle(lambda: not self._inbox.empty() or time.monotonic() > look)
+            return True
+        try:
+            return self._obey(self._inbox.get(timeout=LOOK_S))
+        except queue.Empty:
+            return True
+
+    def _obey(self, command: Command | None) -> bool:
+        """Whether to go on."""
+        if command is None:
+            return False
+        command(self._engine)
+        if not self._engine.busy:
+            self._hand_over()
+        return True
 
     def _post(self, delta: Delta) -> None:
         listener = self._listeners.get(delta.request_id)
@@ -231,6 +250,10 @@ class EngineLoop:
         if self._outboxes or served:
             outboxes, self._outboxes = self._outboxes, defaultdict(Outbox)
             self._deliver(outboxes, served)
+
+
+def _nothing(_: Engine) -> None:
+    """The command to look again."""
 
 
 class RankServer:

@@ -23,6 +23,7 @@ from rayseek.serve_app.grpc_door import GrpcDoor
 from rayseek.serve_app.http_methods import accept_methods_in_any_case
 from rayseek.serve_app.observer import Observer
 from rayseek.serve_app.pages import is_loopback
+from rayseek.serve_app.readiness import MOVES_TOLD_S, told_moves
 from rayseek.serve_app.service import Service
 from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Tokenizer
@@ -64,8 +65,9 @@ class Ingress(GrpcDoor):
         return [view for of_role in found for view in of_role]
 
     def _degraded(self) -> list[str]:
-        """A sentence for each thing that the units miss."""
-        return [problem for status in self._statuses for problem in status.problems]
+        """A sentence for each thing that the units miss, and for what that has done."""
+        missing = [problem for status in self._statuses for problem in status.problems]
+        return missing + told_moves(self._engine.moved_lately(MOVES_TOLD_S))
 
     async def __serve_build_asgi_app__(self) -> Any:
         engine = self._engine = Dispatcher(self._discover)

@@ -5,11 +5,27 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from rayseek.cluster.request import Delta, FinishReason, Request, SamplingParams
 from rayseek.serve_app.engine_port import Engine
 from rayseek.serve_app.settings import ApiSettings
+
+MOVES_TOLD_S = 60.0  # after a move, /ready tells of it for so long
+MOVES_NAMED = 5
+
+
+def told_moves(ids: Sequence[str]) -> list[str]:
+    """At most one sentence: which requests moved lately. ids: of them, the newest last."""
+    if not ids:
+        return []
+    which = list(dict.fromkeys(reversed(ids)))
+    last = ", ".join(which[:MOVES_NAMED])
+    more = f", and {len(which) - MOVES_NAMED} before" if len(which) > MOVES_NAMED else ""
+    return [
+        f"{len(which)} requests moved to another rank in the last {MOVES_TOLD_S:.0f} s, since "
+        f"theirs died or stopped, and went on there; the last: {last}{more}"
+    ]
 
 
 class WatchedEngine:

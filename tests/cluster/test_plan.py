@@ -11,6 +11,7 @@ from rayseek.cluster.plan import (
     Pulse,
     UnitPlan,
     Wanted,
+    _spans,
     culprits,
     next_look,
     next_plan,
@@ -105,23 +106,38 @@ def test_problems_are_named() -> None:
         "2 of 3 expert ranks take part",
     ]
     assert "gone, and being replaced: e2" in problems(whole, crew(2, 2), want)
+    bare = plan_of(None, crew(2, 3), wanted(2, 3), LOADS)
+    assert problems(bare, crew(2, 3), want) == [
+        "14 of 16 experts run on one rank only, not 8; in layer 1: 2-15"
+    ]
+    assert _spans((0, 1, 2, 5, 7, 8)) == "0-2, 5, 7-8"
 
 
-votes = st.builds(Vote, st.sampled_from(Kind), st.integers(0, 100), st.integers(0, 3))
+votes = st.builds(
+    Vote, st.sampled_from(Kind), st.integers(0, 100), st.integers(0, 3), st.booleans()
+)
 
 
 @given(st.lists(votes, min_size=1), st.integers(0, 3))
 def test_members_agree_on_what_somebody_wants(voted: list[Vote], epoch: int) -> None:
     agreement = agree(voted, epoch)
     assert agreement.kind == max(v.kind for v in voted)
+    alone = [i for i, v in enumerate(voted) if v.alone and v.kind == agreement.kind]
+    assert (agreement.alone is None) == (not alone)
+    if agreement.alone is not None:
+        assert agreement.only(agreement.alone) and agreement.alone == alone[0]
     assert (
         agreement
         == agree(voted, epoch)
         == Agreement(
             agreement.kind,
-            tuple(v.rows * (v.kind == agreement.kind) for v in voted),
+            tuple(
+                v.rows * (v.kind == agreement.kind and i in (alone or [i])[:1])
+                for i, v in enumerate(voted)
+            ),
             {v.newest_epoch for v in voted} == {max(v.newest_epoch for v in voted)}
             and voted[0].newest_epoch > epoch,
+            agreement.alone,
         )
     )
 

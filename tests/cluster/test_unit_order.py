@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rayseek.cluster.config import ExchangeSettings
 from rayseek.cluster.crew import Crew, Hand
+from rayseek.cluster.dispatch import Dispatcher
+from rayseek.cluster.engine import Engine
 from rayseek.cluster.plan import Member, Pulse
 from rayseek.cluster.rank import Elsewhere, ExpertRank, Started
 from rayseek.cluster.request import FinishReason, Request, SamplingParams
@@ -33,11 +36,9 @@ async def finish_of(company: Company, request: Request = LONG) -> FinishReason |
 async def test_a_rank_of_other_weights_or_settings_is_refused(tiny_path: Path) -> None:
     async with unit(tiny_path, experts=1, spares=1) as company:
         name = (await company.status()).expert_ranks[1]
+        other = replace(company._company.hands[name].started, fingerprint="fp_other")
         await company.detach(name)
-        actor = company.actors[name]
-        started = await actor.seat.start()
-        other = replace(started, fingerprint="fp_other")
-        assert not await company.attach("unit", actor, other)
+        assert not await company.attach("unit", company.actors[name], other)
         company._company.hands.clear()  # so that there is something to complain of
         assert "weights, files or arithmetic are fp_other instead of fp_" in str(
             (await company.status()).problems
@@ -219,3 +220,113 @@ async def test_who_hangs_delays_nobodys_answer() -> None:
     assert (well.calls, hung.calls) == (2, 1)
     hung.answer.set_result(fine)
     assert await crew.pulses(0.01, 60) == {"well": fine, "hung": fine}
+
+
+async def test_anothers_failure_costs_a_repetition(tiny_path: Path) -> None:
+    """One rank's experts fail once, in a pass that has the other rank's rows as well, and once in
+    a pass that has nothing but those."""
+    async with unit(tiny_path, attention=2) as company:
+        loader = company.ranks[0]._expert_loader
+        assert loader is not None and loader._slots is not None
+        compute, calls = loader._slots.compute, 0
+
+        def failing(layer: int, x_RD: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+            nonlocal calls
+            calls += x_RD.shape[0] > 0
+            if calls in (5, 40):
+                calls += 1
+                raise ValueError("once")
+            return compute(layer, x_RD, *rest)
+
+        loader._slots.compute = failing  # type: ignore[method-assign]
+        async with dispatcher(company) as ranks:
+            async with asyncio.timeout(10):
+                while len(ranks._alive()) < 2:
+                    await asyncio.sleep(0.01)
+            short = replace(LONG.sampling, max_tokens=30)
+            asked = [replace(LONG, id=f"r{i}", sampling=short) for i in range(6)]
+            ends = await asyncio.gather(*(end_of(ranks, r) for r in asked))
+        assert calls > 40 and set(ends) == {(FinishReason.LENGTH, None)}
+
+
+async def test_a_request_that_breaks_passes_ends_alone(tiny_path: Path) -> None:
+    """Its rows fail wherever their experts are. The others, of both ranks, get their tokens."""
+    async with unit(tiny_path, attention=2) as company:
+        for rank in company.ranks:
+            loader = rank._expert_loader
+            assert loader is not None and loader._slots is not None
+            compute = loader._slots.compute
+
+            def failing(
+                layer: int, x_RD: torch.Tensor, *rest: torch.Tensor, compute: Any = compute
+            ) -> torch.Tensor:
+                if x_RD.isnan().any():
+                    raise ValueError("a row that cannot be computed")
+                result: torch.Tensor = compute(layer, x_RD, *rest)
+                return result
+
+            loader._slots.compute = failing  # type: ignore[method-assign]
+            model = rank.engine.model._model.transformer  # type: ignore[attr-defined]
+            model.embed_VD[1900] = torch.nan
+        async with dispatcher(company) as ranks:
+            async with asyncio.timeout(10):
+                while len(ranks._alive()) < 2:
+                    await asyncio.sleep(0.01)
+            short = replace(LONG.sampling, max_tokens=30)
+            asked = [replace(LONG, id=f"r{i}", sampling=short) for i in range(5)]
+            asked.insert(2, replace(LONG, id="poison", prompt_ids=(5, 1900, 6)))
+            ends = await asyncio.gather(*(end_of(ranks, r) for r in asked))
+        finish, error = ends.pop(2)
+        assert finish is FinishReason.ERROR and "a row that cannot be computed" in (error or "")
+        assert set(ends) == {(FinishReason.LENGTH, None)}
+        assert (await company.status()).deaths == 0
+
+
+async def end_of(ranks: Dispatcher, request: Request) -> tuple[FinishReason | None, str | None]:
+    end: tuple[FinishReason | None, str | None] = None, None
+    async for delta in ranks.generate(request):
+        end = delta.finish, delta.error
+    return end
+
+
+@pytest.mark.parametrize("attention", [1, 2])
+async def test_a_rank_that_can_do_nothing_sleeps(tiny_path: Path, attention: int) -> None:
+    """Until somebody tells that pages are free, or a grammar is there."""
+    async with unit(tiny_path, attention=attention) as company:
+        for rank in company.ranks:
+            engine, loop = rank.engine, rank.server.engine_loop
+            held: list[int] = []
+            taken, compiling = threading.Event(), threading.Event()
+
+            def take(engine: Engine, held: list[int] = held, taken: Any = taken) -> None:
+                held += engine.pool.take(engine.pool.available)
+                taken.set()
+
+            loop._put(take)
+            await asyncio.to_thread(taken.wait, 5)
+            plans, plan = 0, engine.plan
+
+            def counting(plan: Any = plan) -> Any:
+                nonlocal plans
+                plans += 1
+                return plan()
+
+            engine.plan = counting  # type: ignore[method-assign]
+            request = replace(LONG, sampling=replace(LONG.sampling, max_tokens=3))
+            loop.submit(0, 0, replace(request, id="waits"))
+            assert engine._grammars is not None
+            make = engine._grammars._make
+
+            def late(*a: Any, make: Any = make, compiling: Any = compiling) -> Any:
+                compiling.wait(5)
+                return make(*a)
+
+            engine._grammars._make = late  # type: ignore[method-assign]
+            loop.submit(0, 1, replace(request, id="compiles", grammar='start: "a"'))
+            await asyncio.sleep(0.3)
+            assert engine.busy and plans < 10
+            loop._put(lambda engine, held=held: engine.pool.release(held))
+            compiling.set()
+            async with asyncio.timeout(5):
+                while engine.busy:
+                    await asyncio.sleep(0.01)

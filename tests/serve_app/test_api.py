@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from rayseek.cluster.request import Delta, FinishReason, RequestRefused, Token
+from rayseek.serve_app.readiness import told_moves
+from rayseek.serve_app.service import Service
 from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Control, Tokenizer
 
@@ -239,6 +241,21 @@ async def test_ready_tells_why_not(api: Any, small: Tokenizer, settings: ApiSett
         assert [reply.status_code for reply in replies] == [503] * 3
         assert text in replies[0].json()["reason"]
         assert len(engine.requests) == 1 and engine.live == 0
+
+
+async def test_ready_tells_which_requests_moved(
+    api: Any, small: Tokenizer, settings: ApiSettings
+) -> None:
+    engine = api.saying(small)
+    moved = [f"id-{n}" for n in range(7)] + ["id-3"]
+    service = Service(settings, small, engine, lambda: told_moves(moved))
+    async with api.client_of(api.build_app(settings, small, engine, service)) as client:
+        state = (await client.get("/ready")).json()
+    assert state["ready"] is True
+    (sentence,) = state["degraded"]
+    assert sentence.startswith("7 requests moved") and "last 60 s" in sentence
+    assert sentence.endswith("the last: id-3, id-6, id-5, id-4, id-2, and 2 before")
+    assert told_moves([]) == []
 
 
 async def test_stop_string_cancels_the_engine(

@@ -94,8 +94,8 @@ class GrammarCompiler:
     def start(self, key: str, grammar: str, emitted: Sequence[int]) -> None:
         """Begin to make a matcher that stands behind `emitted` tokens."""
         future = self._compiler.submit(self._make, grammar, list(emitted))
-        if self.on_ready is not None:
-            future.add_done_callback(lambda _, tell=self.on_ready: tell())
+        if (tell := self.on_ready) is not None:
+            future.add_done_callback(lambda _: tell())
         self._pending[key] = _Pending(future, monotonic() + COMPILE_SECONDS)
 
     def cancel(self, key: str) -> None:

@@ -30,18 +30,36 @@ class ExpertLoader:
 
     def __init__(self, store: ExpertStore) -> None:
         self._store, self.copy = store, store.copy
-        self._slots: ExpertSlots | None = None
+        self._slots: ExpertSlots | None = None  # loaded last
+        self._used: ExpertSlots | None = None  # of the plan that was committed last
 
     def load(
-        self, placement: ExpertPlacement, holder: int, sources: Sources | None = None
+        self,
+        placement: ExpertPlacement,
+        holder: int,
+        sources: Sources | None = None,
+        release: bool = False,
     ) -> ExpertSlots:
-        """The slots of `holder`, copied from `sources` if they can be. One caller at a time."""
+        """The slots of `holder`, copied from `sources` if they can be. One caller at a time.
+
+        release: those in use are of no use any more, and their memory is wanted. That of slots
+        which were loaded and never used is taken in any case.
+        """
         lists = {layer: placement.experts_of(holder, layer) for layer in placement.slots}
-        if self._slots is None or self._slots.lists != lists:
+        before = self._slots
+        if before is None or before.lists != lists:
+            if release and self._used is not None and self._used is not before:
+                self._used.layers.clear()
             with Asking(sources, first=holder) as asking:
-                self._slots = self._store.load(lists, self._slots, asking.fetch)
+                self._slots = before = self._store.load(
+                    lists, before, asking.fetch, release or before is not self._used
+                )
             log.info("experts so far: %s", self.taken)
-        return self._slots
+        return before
+
+    def use(self, slots: ExpertSlots | None) -> None:
+        """These are committed to."""
+        self._used = slots
 
     @property
     def taken(self) -> Taken:

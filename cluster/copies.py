@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("rayseek.copies")
 
 PIECE_BYTES = 1 << 20  # of a message
-LIMIT_S = 10.0  # for one copy; an expert of V3 has 44 MB
+LIMIT_S = 3.0  # for one copy; an expert of V3 has 44 MB
 ASKED = 2  # peers, before the checkpoint is read
 GIVING = 4  # copies that a process gives at once
 

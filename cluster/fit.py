@@ -11,6 +11,7 @@ from typing import Literal
 
 from rayseek.cluster.config import Config, EngineSettings, Role
 from rayseek.cluster.placement import slots_per_holder
+from rayseek.cluster.succession import Room
 from rayseek.kernels.kv_format import token_bytes
 from rayseek.model.config import ModelConfig
 from rayseek.model.ledger import Ledger, make_ledger
@@ -55,6 +56,20 @@ def rank_memories(config: Config, model: ModelConfig) -> list[RankMemory]:
         if unit.experts == "dedicated":
             found.append(_expert(config, model, role, ledger))
     return found
+
+
+def room(config: Config, model: ModelConfig, role: Role) -> Room | None:
+    """What a rank of this role can hold of experts: what the config gives it, and what is free
+    besides. None: nobody knows."""
+    unit = config.units[role]
+    slots = slots_per_holder(model.n_routed_experts, unit.holders, unit.redundant_experts)
+    ledger = make_ledger(model, unit.holders, slots * unit.holders - model.n_routed_experts)
+    kind = "attention" if unit.experts == "colocated" else "expert"
+    (memory,) = (m for m in rank_memories(config, model) if (m.of, m.role) == (role, kind))
+    if memory.limit is None:
+        return None
+    free = max(0, memory.limit - memory.total) // (ledger.slot_bytes + ledger.mtp_slot_bytes)
+    return Room(slots + free, whole_layers=config.hardware.accelerator != "cpu")
 
 
 def _attention(config: Config, model: ModelConfig, role: Role, ledger: Ledger) -> RankMemory:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rayseek.cluster.config import Config, HardwareSettings, Role, UnitSettings
+from rayseek.cluster.fit import room
 from rayseek.cluster.placement import slots_per_holder
 from rayseek.cluster.plan import Wanted
 from rayseek.cluster.spec import RankSpec, UnitSpec
@@ -114,7 +115,7 @@ def layout(
         )
         elastic = config.autoscaling.experts if role == "decode" else None
         most_experts = elastic.most if elastic else None
-        units.append(_deployment(hardware, model, unit, rank, places, most_experts))
+        units.append(_deployment(config, model, unit, rank, places, most_experts))
         experts += [
             Place("expert", role, number, index, *nodes.take(1)[0], 0 if spare else slots, spare)
             for number in range(unit.units)
@@ -143,7 +144,7 @@ def layout(
 
 
 def _deployment(
-    hardware: HardwareSettings,
+    config: Config,
     model: ModelConfig,
     unit: UnitSettings,
     rank: RankSpec,
@@ -154,7 +155,7 @@ def _deployment(
 
     most_experts: dedicated ones of a unit, where their number follows the load.
     """
-    role = places[0].of
+    role, hardware = places[0].of, config.hardware
     # Every unit of a role lies on its nodes in the same way.
     bundle_of = tuple(p.node - places[0].node for p in places if p.unit == 0)
     counts = [bundle_of.count(bundle) for bundle in range(max(bundle_of) + 1)]
@@ -166,6 +167,7 @@ def _deployment(
         groups=model.n_group,
         layers=tuple(range(model.first_k_dense_replace, model.stored_layers)),
         least_experts=unit.expert_ranks if most_experts else None,
+        room=room(config, model, role),
     )
     return Deployment(
         UNIT_NAMES[role], unit.units, _cpus(hardware)[0],

@@ -41,6 +41,7 @@ from rayseek.cluster.group import ExchangeBroken, Group, open_store
 from rayseek.cluster.plan import Exchanged, ExpertRows, Pulse, UnitPlan
 from rayseek.kernels.ops import SplitOps
 from rayseek.model.config import ModelConfig
+from rayseek.model.expert_slots import ExpertsReleased
 
 if TYPE_CHECKING:
     from rayseek.cluster.config import ExchangeSettings
@@ -53,7 +54,7 @@ AGREEMENT = "agreement"
 CONNECT = timedelta(seconds=3)
 FEW_ROWS = 32  # of a member in a pass
 MOST_FAILURES = 12  # in a row; finding one request that fails takes four of them
-GROUP_ENDS = (ExchangeBroken,)  # or what else says that the group is over
+GROUP_ENDS = (ExchangeBroken, ExpertsReleased)  # the leader knew of the end before we did
 Result = TypeVar("Result")
 
 

@@ -44,16 +44,6 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """One expert that a holder has to get. `sources`: the holders, by their new numbers, that had
-    it before and can be asked for a copy; without any it comes from the checkpoint."""
-
-    layer: int
-    expert: int
-    sources: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class ExpertPlacement:
     """See the file's docstring. Compare by value; safe to share and to send."""
 
@@ -194,12 +184,7 @@ def without(placement: ExpertPlacement, dead: Collection[int]) -> ExpertPlacemen
     alive = [h for h in range(len(placement.nodes)) if h not in dead]
     if placement.uncovered(alive):
         return None
-    slots = {
-        layer: tuple(e for h in alive for e in placement.experts_of(h, layer))
-        for layer in placement.slots
-    }
-    nodes = tuple(placement.nodes[h] for h in alive)
-    return replace(placement, version=placement.version + 1, slots=slots, nodes=nodes)
+    return arranged(placement, alive, [placement.nodes[h] for h in alive])
 
 
 def settle(
@@ -211,7 +196,7 @@ def settle(
     became: which holder of `new` a holder of `old` is, those who left are absent; None: all are
     the same in both.
     """
-    held = _held(old, new, became)
+    held = held_before(old, new, became)
     width, slots = new.slots_per_holder, {}
     for layer in new.slots:
         contents = [new.experts_of(h, layer) for h in range(len(new.nodes))]
@@ -225,24 +210,16 @@ def settle(
     return replace(new, slots=slots)
 
 
-def moves(
-    old: ExpertPlacement, new: ExpertPlacement, became: Mapping[int, int] | None = None
-) -> tuple[tuple[Load, ...], ...]:
-    """For each holder of `new` what it must load; `became` as in `settle`."""
-    held = _held(old, new, became)
-    holders = range(len(new.nodes))
-    return tuple(
-        tuple(
-            Load(layer, e, tuple(s for s in holders if e in held[layer, s]))
-            for layer in new.slots
-            for e in new.experts_of(h, layer)
-            if e not in held[layer, h]
-        )
-        for h in holders
-    )
+def arranged(old: ExpertPlacement, origin: Sequence[int], nodes: Sequence[int]) -> ExpertPlacement:
+    """The holders of `old` in this order, one version later."""
+    slots = {
+        layer: tuple(e for before in origin for e in old.experts_of(before, layer))
+        for layer in old.slots
+    }
+    return replace(old, version=old.version + 1, slots=slots, nodes=tuple(nodes))
 
 
-def _held(
+def held_before(
     old: ExpertPlacement, new: ExpertPlacement, became: Mapping[int, int] | None
 ) -> dict[tuple[int, int], tuple[int, ...]]:
     """(layer, holder of `new`) -> the experts that it has now, in its slots' order."""

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayseek.cluster.copies import Sources, Taken
-from rayseek.cluster.placement import ExpertPlacement, Loads, make_placement, settle, without
+from rayseek.cluster.placement import ExpertPlacement, Loads
 from rayseek.cluster.step_clock import Work
+from rayseek.cluster.succession import Room, next_placement
 from rayseek.cluster.transfer_counters import Transfers
 
 if TYPE_CHECKING:  # torch stays out of the leader's process
@@ -49,6 +50,7 @@ class Wanted:
     groups: int  # expert groups of the router
     layers: tuple[int, ...]  # with experts, the MTP module's included
     least_experts: int | None = None  # how many `experts` may come down to; None: not below
+    room: Room | None = None  # of a holder; None: nobody knows, so whatever is needed
 
     @property
     def needed_experts(self) -> int:
@@ -59,13 +61,15 @@ class Wanted:
 @dataclass(frozen=True, slots=True)
 class UnitPlan:
     """members: attention ranks first. Their order is their rank in the epoch's process group.
-    sources: of experts, for those who get new ones."""
+    sources: of experts, for those who get new ones. broken: the group before this plan is, so
+    that nobody needs the experts it computed with."""
 
     epoch: int
     members: tuple[Member, ...]
     placement: ExpertPlacement
     dedicated: bool
     sources: Sources | None = None
+    broken: bool = False
 
     @property
     def holders(self) -> tuple[int, ...]:
@@ -91,13 +95,16 @@ def next_plan(
     rebalance: bool = False,
     complete: bool = False,
     epoch: int | None = None,
+    broken: bool = False,
 ) -> UnitPlan | str:
     """The plan for those who are present, or why there is none.
 
     Experts stay where they are if they can: a dead holder's experts are taken over by their
-    replicas when every expert has one left, and spread anew over the survivors when not.
+    replicas when every expert has one left, or by its successor, and else spread anew over the
+    survivors, if these have the memory.
     rebalance: spread by load even if nobody came or went. complete: wait for all that are wanted.
     epoch: of the plan, larger than any before; None: the next after the current one's.
+    broken: a member of the current plan is dead, or its group has broken.
     """
     attention = _first([m for m in present if m.role == "attention"], wanted.attention, current)
     experts = _first([m for m in present if m.role == "expert"], wanted.experts, current)
@@ -112,50 +119,20 @@ def next_plan(
         return f"waiting for {missing} more ranks"
     if epoch is None:
         epoch = 0 if current is None else current.epoch + 1
-    placement = _placement(current, holders, wanted, loads, rebalance)
+    before = [current.members[rank] for rank in current.holders] if current else []
+    placement = next_placement(
+        current.placement if current else None, before, holders, wanted, loads, rebalance, broken
+    )
+    if isinstance(placement, str):
+        return placement
     sources = _sources(current, present) if current else None
-    return UnitPlan(epoch, (*attention, *experts), placement, dedicated, sources)
+    return UnitPlan(epoch, (*attention, *experts), placement, dedicated, sources, broken)
 
 
 def _sources(current: UnitPlan, present: Sequence[Member]) -> Sources:
     there = {m.name: m.copies for m in present}
     holders = (current.members[rank].name for rank in current.holders)
     return Sources(current.placement, tuple(there.get(name, "") for name in holders))
-
-
-def _placement(
-    current: UnitPlan | None,
-    holders: Sequence[Member],
-    wanted: Wanted,
-    loads: Loads,
-    rebalance: bool,
-) -> ExpertPlacement:
-    version = 0
-    before: list[str] = []
-    if current is not None:
-        before = [current.members[rank].name for rank in current.holders]
-        version = current.placement.version + 1
-        names = [m.name for m in holders]
-        if names == before and not rebalance:
-            return current.placement
-        if not rebalance and set(names) < set(before):
-            dead = [i for i, name in enumerate(before) if name not in names]
-            kept = without(current.placement, dead)
-            if kept is not None:
-                return kept
-    nodes = sorted({m.node for m in holders})
-    placement = make_placement(
-        loads,
-        [nodes.index(m.node) for m in holders],
-        redundant=wanted.redundant,
-        n_group=wanted.groups,
-        version=version,
-    )
-    if current is None:
-        return placement
-    after = [m.name for m in holders]
-    became = {i: after.index(name) for i, name in enumerate(before) if name in after}
-    return settle(current.placement, placement, became)
 
 
 def _first(present: Sequence[Member], count: int, current: UnitPlan | None) -> list[Member]:
@@ -165,17 +142,6 @@ def _first(present: Sequence[Member], count: int, current: UnitPlan | None) -> l
 
 
 def problems(plan: UnitPlan | None, present: Sequence[Member], wanted: Wanted) -> list[str]:
-def _spans(numbers: Sequence[int]) -> str:
-    """Ascending numbers, as "0-3, 7"."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-
-
     """One sentence for each way in which the unit is less than the config asks for."""
     if plan is None:
         return ["the unit is not complete yet"]
@@ -197,6 +163,17 @@ def _spans(numbers: Sequence[int]) -> str:
                 f"{planned}; in layer {layer}: {_spans(alone)}"
             )
     return sentences
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers, as "0-3, 7"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
 @dataclass(frozen=True, slots=True)

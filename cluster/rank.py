@@ -95,8 +95,9 @@ class Seat:
             loop = asyncio.get_running_loop()
             async with self._loading:
                 slots = await loop.run_in_executor(
-                    None, self._expert_loader.load, plan.placement, holder, plan.sources
-                )
+                    None, self._expert_loader.load, plan.placement, holder, plan.sources,
+                    plan.broken,
+                )  # fmt: skip
         if self._prepared is None or plan.epoch > self._prepared[0].epoch:
             self._prepared = (plan, slots)
 
@@ -104,6 +105,8 @@ class Seat:
         """Follow a plan that was prepared for, together with all others."""
         if self._participant is None or self._prepared is None or self._prepared[0] != plan:
             raise RuntimeError(f"{self.name} has not prepared for plan {plan.epoch}")
+        if self._expert_loader is not None:
+            self._expert_loader.use(self._prepared[1])
         self._participant.commit(plan, self._prepared[1])
 
     async def next_break(self, after: int) -> Broken:

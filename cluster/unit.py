@@ -193,6 +193,7 @@ class Unit:
         found = [self._why]
         if self._plan is not None:
             found = problems(self._plan, self._company.present, self._wanted)
+            found += [self._why] if self._why else []
         if found and self._refused and time.monotonic() - self._refused[1] < REFUSED_S:
             found.append(self._refused[0])
         return found
@@ -351,14 +352,25 @@ class Unit:
             plan = next_plan(
                 self._plan, self._company.present, self._wanted, self._load.rows,
                 rebalance=self._rebalance, complete=self._plan is None and patient,
-                epoch=self._epoch,
+                epoch=self._epoch, broken=self._broken,
             )  # fmt: skip
             if isinstance(plan, str):
+                if plan != self._why:
+                    log.error("%s has no plan: %s", self._id, plan)
                 self._why = plan
                 continue
             if not await self._put_in_force(plan):
                 self._changed.set()
                 await asyncio.sleep(RETRY_S)
+
+    @property
+    def _broken(self) -> bool:
+        """Nobody can compute under the plan in force any more."""
+        plan, company = self._plan, self._company
+        return plan is not None and (
+            company.broken_epoch >= plan.epoch
+            or any(m.name not in company.hands for m in plan.members)
+        )
 
     def _outdated(self) -> bool:
         plan, company = self._plan, self._company
@@ -388,7 +400,7 @@ class Unit:
                 return False
             if not preparing.result():
                 return False
-            self._plan = plan
+            self._plan, self._why = plan, ""
             self._rebalance = False
             await _all(h.actor.commit.remote(plan) for h in crew)
         except ray.exceptions.RayError as error:

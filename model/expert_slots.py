@@ -57,6 +57,10 @@ class _Layer:
     digests: Mapping[int, bytes]
 
 
+class ExpertsReleased(RuntimeError):
+    """Somebody wanted to compute with experts whose memory went to their successors."""
+
+
 class ExpertSlots:
     """The experts of a process by layer and slot; see ExpertStore.load."""
 
@@ -69,8 +73,14 @@ class ExpertSlots:
         return {number: layer.experts for number, layer in self.layers.items()}
 
     def compute(self, layer: int, x_RD: Tensor, row_N: Tensor, slot_N: Tensor) -> Tensor:
-        """float32 [N, D]: slot slot_N[i] of the layer applied to x_RD[row_N[i]]; zeros for -1."""
-        return self._ops.expert_rows(x_RD, row_N, slot_N, self.layers[layer].packed)
+        """float32 [N, D]: slot slot_N[i] of the layer applied to x_RD[row_N[i]]; zeros for -1.
+
+        Raises ExpertsReleased.
+        """
+        there = self.layers.get(layer)
+        if there is None:
+            raise ExpertsReleased(f"the experts of layer {layer} have been released")
+        return self._ops.expert_rows(x_RD, row_N, slot_N, there.packed)
 
     def digest(self, layer: int, expert: int) -> bytes:
         """Of the expert's checkpoint bytes, taken when it came here; the same in every process."""
@@ -103,12 +113,14 @@ class ExpertStore:
         lists: Mapping[int, Sequence[int]],
         before: ExpertSlots | None = None,
         fetch: Fetch | None = None,
+        release: bool = False,
     ) -> ExpertSlots:
         """lists: for each MoE layer the logical expert of each slot.
 
         What `before` has is taken from there, then what `fetch` gives, the rest is read. A layer
         that stays as it is shares its memory with `before`; another one is made beside it, one
-        layer after the other. Raises CheckpointError for what cannot be read.
+        layer after the other. release: each layer of `before` ends when it is not needed here any
+        more. Raises CheckpointError for what cannot be read.
         """
         layers = {}
         for layer, experts in lists.items():
@@ -116,6 +128,8 @@ class ExpertStore:
             if same is None or same.experts != tuple(experts):
                 same = self._layer(layer, experts, before, fetch)
             layers[layer] = same
+            if release and before is not None:
+                before.layers.pop(layer, None)
         return ExpertSlots(layers, self._ops)
 
     def _layer(

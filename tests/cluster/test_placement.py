@@ -19,7 +19,6 @@ from rayseek.cluster.placement import (
     Loads,
     holder_loads,
     make_placement,
-    moves,
     settle,
     without,
 )
@@ -221,7 +220,6 @@ def test_settling(data: st.DataObject) -> None:
     became = dict(zip(stay, data.draw(st.permutations(range(len(nodes)))), strict=False))
     was = {new_holder: holder for holder, new_holder in became.items()}
     settled = settle(old, new, became)
-    loaded = moves(old, settled, became)
     for layer in new.slots:
         for node in set(nodes):
             members = [h for h, n in enumerate(nodes) if n == node]
@@ -232,24 +230,19 @@ def test_settling(data: st.DataObject) -> None:
                 sum(len(set(c) - set(h)) for c, h in zip(order, held, strict=True))
                 for order in itertools.permutations(contents)
             )
-            assert sum(load.layer == layer for h in members for load in loaded[h]) == fewest
+            now = [settled.experts_of(h, layer) for h in members]
+            assert sum(len(set(n) - set(h)) for n, h in zip(now, held, strict=True)) == fewest
     for holder, origin in was.items():
         for layer in new.slots:
             before, after = old.experts_of(origin, layer), settled.experts_of(holder, layer)
             for slot, expert in enumerate(before[: new.slots_per_holder]):
                 assert expert not in after or after[slot] == expert, "what is kept stays in place"
-    for load in itertools.chain(*loaded):
-        assert load.sources == tuple(
-            h for h in range(len(nodes))
-            if h in was and load.expert in old.experts_of(was[h], load.layer)
-        )  # fmt: skip
 
 
 def test_settling_on_itself_moves_nothing() -> None:
     loads = dict(enumerate(np.random.default_rng(1).random((4, 32)).tolist()))
     placement = make_placement(loads, [r // 4 for r in range(8)], redundant=8, n_group=8)
     assert settle(placement, placement) == placement
-    assert not any(moves(placement, placement))
 
 
 @settings(max_examples=100, deadline=None)

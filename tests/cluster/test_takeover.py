@@ -1,0 +1,86 @@
+"""A death whose experts the survivors have memory for, and one where they wait for a successor."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from rayseek.cluster.build import build_engine
+from rayseek.cluster.engine import run_to_end
+from rayseek.cluster.rank import Seat
+from rayseek.cluster.request import Request, SamplingParams
+from rayseek.cluster.succession import Room
+from rayseek.model.expert_slots import ExpertSlots, ExpertsReleased
+from tests.cluster.company import SETTINGS, Answers, Company, answers, chosen, unit
+
+REQUESTS = [
+    Request(f"r{i}", tuple(range(3 + i, 60)), SamplingParams(max_tokens=40, seed=i))
+    for i in range(12)
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_path: Path) -> Answers:
+    engine = build_engine(tiny_path, SETTINGS)
+    found: Answers = {request.id: [] for request in REQUESTS}
+    for request in REQUESTS:
+        engine.submit(request)
+    run_to_end(engine, lambda d: found[d.request_id].extend(map(chosen, d.tokens)))
+    return found
+
+
+def slots_of(seat: Seat) -> ExpertSlots:
+    assert seat._expert_loader is not None and seat._expert_loader._slots is not None
+    return seat._expert_loader._slots
+
+
+def holders(company: Company) -> list[Seat]:
+    """Those that live."""
+    seats = [a.seat for a in company.actors.values() if not a.dead.is_set()]
+    return [seat for seat in seats if seat.role == "expert"]
+
+
+async def test_survivors_take_over_in_place(tiny_path: Path, undisturbed: Answers) -> None:
+    """8 experts on 3 holders, 3 on each; on two they need 4, for which 7 slots would be too few
+    if the old ones stayed: they go layer by layer."""
+    async with unit(tiny_path, experts=3) as company:
+        company._wanted = replace(company._wanted, room=Room(6, whole_layers=True))
+        asked = asyncio.ensure_future(answers(company, REQUESTS))
+        await asyncio.sleep(0.2)
+        before = {seat.name: slots_of(seat) for seat in holders(company)}
+        await company.kill("expert", Random(1))
+        await company.adopted(experts=2)
+        for seat in holders(company):
+            assert not before[seat.name].layers and len(slots_of(seat).lists[1]) == 4
+            with pytest.raises(ExpertsReleased):
+                before[seat.name].compute(1, None, None, None)  # type: ignore[arg-type]
+        assert await asked == undisturbed
+
+
+async def test_who_cannot_take_over_says_so_and_waits(
+    tiny_path: Path, undisturbed: Answers
+) -> None:
+    async with unit(tiny_path, experts=2) as company:
+        company._wanted = replace(company._wanted, room=Room(6))
+        asked = asyncio.ensure_future(answers(company, REQUESTS))
+        await asyncio.sleep(0.2)
+        kept = {seat.name: slots_of(seat) for seat in holders(company)}
+        await company.kill("expert", Random(1))
+        sentence = (
+            "unit: 8 experts of a layer do not fit into the memory of 1 ranks, 6 in each: waiting "
+            "for another rank"
+        )
+        async with asyncio.timeout(10):
+            while sentence not in (await company.status()).problems:
+                await asyncio.sleep(0.02)
+        await asyncio.sleep(1.5)  # two looks of the leader
+        (survivor,) = holders(company)
+        assert slots_of(survivor) is kept[survivor.name] and len(slots_of(survivor).layers) == 2
+        await company.hire()
+        assert await asked == undisturbed
+        assert slots_of(survivor) is kept[survivor.name], "its experts were never touched"
+        assert (await company.status()).problems == ()

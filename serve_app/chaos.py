@@ -1,8 +1,9 @@
 """`rayseek chaos`: kill processes under load, and compare every stream with the undisturbed one.
 
 First each prompt is answered in peace. Then many streams ask the same prompts with the same seeds
-over and over, while every few seconds one process is killed or stopped. Not one stream may fail,
-and not one byte may differ; what a death costs is a pause, which is measured.
+over and over, while every few seconds one process is killed or stopped, or a deployment is updated
+or gets another number of replicas (changes.py). Not one stream may fail, and not one byte may
+differ; what it costs is a pause, which is measured.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rayseek.cluster.config import Config
+from rayseek.serve_app.changes import Changes, ServeApi
 from rayseek.serve_app.local import StartError, add_node
 from rayseek.serve_app.start import started
 
@@ -37,13 +39,15 @@ VICTIMS = {  # what dies -> how Ray titles such processes
     "expert leader": re.compile(r"ray::ServeReplica:rayseek:Experts"),
     "node": re.compile(r".*/raylet$"),
 }
+CHANGES = ("update", "scale")
+CHANGE_S = 1800.0  # for a change to be over
 CALM_S = 1.0  # after every stream has moved again
 GIVE_UP_S = 180.0  # for a stream to move
 
 
 @dataclass(frozen=True, slots=True)
-class Kill:
-    """kind: of process; at: seconds on the clock of the streams."""
+class Blow:
+    """A kill or a change. kind: of process, or which change; at: seconds on the streams' clock."""
 
     kind: str
     at: float
@@ -59,13 +63,13 @@ class Watch:
     differing: list[str] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
 
-    def pause_after(self, kill: Kill, until: float) -> float:
-        """The longest silence of any stream that began before `until` and ended after the kill."""
+    def pause_after(self, blow: Blow, until: float) -> float:
+        """The longest silence of any stream that began before `until` and ended after the blow."""
         longest = 0.0
         for times in self.arrivals:
             for before, after in zip(times, times[1:], strict=False):
-                if after > kill.at and before < until:
-                    longest = max(longest, after - max(before, kill.at))
+                if after > blow.at and before < until:
+                    longest = max(longest, after - max(before, blow.at))
         return longest
 
 
@@ -168,45 +172,50 @@ def victims(root: psutil.Process, kind: str) -> list[psutil.Process]:
 
 
 def disturb(
-    watch: Watch,
-    kinds: Sequence[str],
-    kills: int,
-    every_s: float,
-    number: int,
-    seed: int,
-    gcs_address: str,
-) -> list[tuple[Kill, float]]:
-    """Kill one process after the other, and wait each time until every stream has moved again.
+    watch: Watch, arguments: argparse.Namespace, changes: Changes | None, gcs_address: str
+) -> list[tuple[Blow, float]]:
+    """One kill or change after the other; wait each time until every stream has moved again.
 
     A killed node is followed by a new one.
     """
-    rng, root = random.Random(seed), psutil.Process()
-    done: list[tuple[Kill, float]] = []
-    while len(done) < kills:
-        present = [kind for kind in kinds if victims(root, kind)]
+    rng, root = random.Random(arguments.seed), psutil.Process()
+    number = signal.SIGSTOP if arguments.stop else signal.SIGKILL
+    kinds = arguments.kinds.split(",")
+    done: list[tuple[Blow, float]] = []
+    while len(done) < arguments.kills:
+        present = [kind for kind in kinds if kind in CHANGES or victims(root, kind)]
         if not present:
             time.sleep(0.2)
             continue
-        kind = rng.choice(present)
-        kill = Kill(kind, time.monotonic())
-        try:
-            rng.choice(victims(root, kind)).send_signal(number)
-        except (psutil.Error, IndexError):
-            continue
-        if kind == "node":
-            add_node(gcs_address)
-        deadline = kill.at + GIVE_UP_S
-        while time.monotonic() < deadline:
-            if all(times and times[-1] > kill.at for times in watch.arrivals):
+        kind, began = rng.choice(present), time.monotonic()
+        if kind in CHANGES:
+            assert changes is not None
+            make = changes.update if kind == "update" else changes.scale
+            kind = make(CHANGE_S)
+        else:
+            try:
+                rng.choice(victims(root, kind)).send_signal(number)
+            except (psutil.Error, IndexError):
+                continue
+            if kind == "node":
+                add_node(gcs_address)
+        over = time.monotonic()
+        while time.monotonic() < over + GIVE_UP_S:
+            if all(times and times[-1] > over for times in watch.arrivals):
                 break
             time.sleep(0.05)
-        time.sleep(max(CALM_S, kill.at + every_s - time.monotonic()))
-        done.append((kill, time.monotonic()))
+        time.sleep(max(CALM_S, began + arguments.every - time.monotonic()))
+        done.append((Blow(kind, began), time.monotonic()))
+        print(f"{kind}: {time.monotonic() - began:.0f} s, {len(watch.failed)} failed", flush=True)
     return done
 
 
 def torment(
-    endpoint: Endpoint, gcs_address: str, arguments: argparse.Namespace, console: Console
+    endpoint: Endpoint,
+    gcs_address: str,
+    changes: Changes | None,
+    arguments: argparse.Namespace,
+    console: Console,
 ) -> bool:
     """The whole experiment against a running service below this process; whether it held."""
     asked = prompts(arguments.prompts, arguments.seed)
@@ -221,13 +230,9 @@ def torment(
     ]
     for thread in threads:
         thread.start()
-    number = signal.SIGSTOP if arguments.stop else signal.SIGKILL
     try:
         time.sleep(2 * CALM_S)
-        kinds = arguments.kinds.split(",")
-        done = disturb(
-            watch, kinds, arguments.kills, arguments.every, number, arguments.seed, gcs_address
-        )
+        done = disturb(watch, arguments, changes, gcs_address)
     finally:
         watch.stop.set()
         for thread in threads:
@@ -236,11 +241,11 @@ def torment(
     return not watch.failed and not watch.differing
 
 
-def report(watch: Watch, done: Sequence[tuple[Kill, float]], console: Console) -> None:
-    table = Table("process", "kills", "pause p50 s", "pause p99 s")
+def report(watch: Watch, done: Sequence[tuple[Blow, float]], console: Console) -> None:
+    table = Table("what", "times", "pause p50 s", "pause p99 s")
     pauses: dict[str, list[float]] = {}
-    for kill, until in done:
-        pauses.setdefault(kill.kind, []).append(watch.pause_after(kill, until))
+    for blow, until in done:
+        pauses.setdefault(blow.kind, []).append(watch.pause_after(blow, until))
     for kind, found in pauses.items():
         worst = sorted(found)[min(len(found) - 1, int(len(found) * 0.99))]
         table.add_row(kind, str(len(found)), f"{statistics.median(found):.2f}", f"{worst:.2f}")
@@ -256,8 +261,13 @@ def report(watch: Watch, done: Sequence[tuple[Kill, float]], console: Console) -
 def chaos(arguments: argparse.Namespace, config: Config) -> bool:
     """Start the config's service here, and see whether it holds."""
     console = Console()
-    with started(config, arguments.nodes) as service:
+    changing = bool(set(arguments.kinds.split(",")) & set(CHANGES))
+    with started(config, arguments.nodes, deployed=changing) as service:
         if service.shown_key is None:
             raise StartError("the config's keys are not known here; set api.keys")
         endpoint = Endpoint(service.address, service.shown_key, config.model.name)
-        return torment(endpoint, service.gcs_address, arguments, console)
+        changes = None
+        if service.file is not None:
+            api = ServeApi(service.dashboard, service.dashboard_token)
+            changes = Changes(api, config, service.file)
+        return torment(endpoint, service.gcs_address, changes, arguments, console)

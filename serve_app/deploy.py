@@ -19,6 +19,7 @@ from rayseek.serve_app.settings import ApiSettings
 
 APP_NAME = "rayseek"
 DRAIN_S = 30.0
+SURGE_PERCENT = 25  # of ingresses: an update starts new ones before old ones stop
 
 # Serve replaces a replica after three checks in a row that get no answer in time. Leaders do
 # nothing that takes long, so six seconds of silence mean that one hangs; a busy machine's pauses
@@ -59,6 +60,7 @@ def build(
         name=ingress.name,
         num_replicas=ingress.replicas,
         ray_actor_options={"num_cpus": ingress.replica_cpus},
+        max_surge_percent=SURGE_PERCENT,
         max_ongoing_requests=100_000,  # the engine's queue is the one that is bounded
         graceful_shutdown_timeout_s=float(config.ingress.longest_stream_s),
         health_check_period_s=5,

@@ -58,6 +58,7 @@ class Running:
     logs: Path
     gcs_address: str  # where further nodes find the cluster
     shown_key: str | None = None  # one that may be shown on this machine
+    file: dict[str, Any] | None = None  # the Serve config file that it was deployed by
 
 
 def free_port(preferred: int = 0) -> int:
@@ -124,11 +125,17 @@ def serve_environment(config: Config, folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def running(
-    config: Config, model_path: Path, settings: ApiSettings, nodes: int = 1
+    config: Config,
+    model_path: Path,
+    settings: ApiSettings,
+    nodes: int = 1,
+    deployed: Config | None = None,
 ) -> Iterator[Running]:
     """Start Ray and the application, wait until it answers, and take everything down at the end.
 
     nodes: Ray nodes, all on this machine; several are for trying what the death of one does.
+    deployed: a config with model and keys, to be deployed by a Serve config file as on a cluster,
+    instead of `model_path` and `settings`.
     Raises StartError when it cannot start.
     """
     check_port(config.ingress.host, config.ingress.port)
@@ -147,6 +154,8 @@ def running(
     import ray
     from ray import serve
 
+    from rayseek.serve_app.application import serve_config
+    from rayseek.serve_app.changes import ServeApi
     from rayseek.serve_app.deploy import APP_NAME, build
 
     try:
@@ -164,22 +173,31 @@ def running(
         gcs_address = context.address_info["gcs_address"]
         for _ in range(nodes - 1):
             add_node(gcs_address)
-        serve.start(
-            proxy_location="HeadOnly",  # all nodes that this starts are one machine
-            http_options={"host": config.ingress.host, "port": config.ingress.port},
-            grpc_options=grpc_options,
-            logging_config={"log_level": "WARNING"},
-        )
+        # Serve waits less for a proxy than a busy machine takes; `/ready` will say when it is up.
+        with contextlib.suppress(TimeoutError, ray.exceptions.ActorDiedError):
+            serve.start(
+                proxy_location="HeadOnly",  # all nodes that this starts are one machine
+                http_options={"host": config.ingress.host, "port": config.ingress.port},
+                grpc_options=grpc_options,
+                logging_config={"log_level": "WARNING"},
+            )
         logs = folder / "ray" / "session_latest" / "logs"
         dashboard = f"http://{context.dashboard_url}"
-        settings = replace(settings, dashboard_url=settings.dashboard_url or dashboard)
-        serve.run(
-            build(config, model_path, settings, rank_host=LOOPBACK), name=APP_NAME, route_prefix="/"
-        )
+        file = None
+        if deployed is not None:
+            file = serve_config(deployed)
+            api = ServeApi(dashboard, os.environ["RAY_AUTH_TOKEN"])
+            api.deploy(file)
+            api.settle(READY_TIMEOUT_S)
+        else:
+            settings = replace(settings, dashboard_url=settings.dashboard_url or dashboard)
+            whole = build(config, model_path, settings, rank_host=LOOPBACK)
+            serve.run(whole, name=APP_NAME, route_prefix="/")
         host = LOOPBACK if config.ingress.host in ("0.0.0.0", "::") else config.ingress.host
         address = f"http://{host}:{config.ingress.port}"
         _wait_until_ready(f"{address}/ready")
-        yield Running(address, dashboard, os.environ["RAY_AUTH_TOKEN"], logs, gcs_address)
+        token = os.environ["RAY_AUTH_TOKEN"]
+        yield Running(address, dashboard, token, logs, gcs_address, file=file)
     finally:
         with _uninterrupted():
             started = psutil.Process().children(recursive=True)

@@ -53,10 +53,10 @@ def made_model(path: Path, config: object) -> Path:
 
 
 @contextlib.contextmanager
-def started(config: Config, nodes: int = 1) -> Iterator[Running]:
+def started(config: Config, nodes: int = 1, deployed: bool = False) -> Iterator[Running]:
     """The service of this config, until the block ends. Raises StartError and CheckpointError.
 
-    nodes: of Ray, on this machine.
+    nodes: of Ray, on this machine. deployed: by a Serve config file, as on a cluster.
     """
     from rayseek.cluster.build import engine_limits
     from rayseek.model.checkpoint import Checkpoint
@@ -77,5 +77,16 @@ def started(config: Config, nodes: int = 1) -> Iterator[Running]:
         raise StartError(f"{file} has no keys: rayseek keys add NAME --file {file}")
     print(f"Starting Ray and the engine for {model} ...", flush=True)
     settings = api_settings(config, context, file, shown)
-    with running(config, model, settings, nodes) as service:
+    whole = _with_files(config, model, shown, file) if deployed else None
+    with running(config, model, settings, nodes, whole) as service:
         yield replace(service, shown_key=shown)
+
+
+def _with_files(config: Config, model: Path, shown: str | None, keys: Path | None) -> Config:
+    """With the model and the keys of this machine, as `rayseek config render` wants them."""
+    api = {"keys": (shown,), "key_file": None} if shown else {"key_file": keys}
+    changes = {
+        "model": config.model.model_copy(update={"path": model}),
+        "api": config.api.model_copy(update=api),
+    }
+    return config.model_copy(update=changes)

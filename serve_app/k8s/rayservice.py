@@ -9,6 +9,7 @@ from rayseek.cluster.autoscaling import replica_ranges, serve_scaling
 from rayseek.cluster.config import Config
 from rayseek.cluster.layout import Layout
 from rayseek.serve_app.application import serve_config
+from rayseek.serve_app.deploy import SURGE_PERCENT
 from rayseek.serve_app.k8s.groups import INGRESS, Group, groups
 from rayseek.serve_app.k8s.pods import (
     autoscaler_options,
@@ -107,7 +108,8 @@ def cell_serve_config(config: Config, plan: Layout) -> dict[str, Any]:
         else:
             options["label_selector"] = {"role": INGRESS}
             pods = config.kubernetes.ingress_pods
-            entry["max_replicas_per_node"] = -(-deployment.replicas // pods)
+            most = deployment.replicas + -(-deployment.replicas * SURGE_PERCENT // 100)
+            entry["max_replicas_per_node"] = -(-most // pods)
         deployments.append({**entry, "ray_actor_options": options})
     file["applications"][0]["deployments"] = deployments
     return file

@@ -145,3 +145,5 @@ def test_experts_are_in_memory_once(tmp_path: Path) -> None:
         slots = torch.tensor([old], dtype=torch.int32), torch.tensor([new], dtype=torch.int32)
         a, b = first.compute(2, x, row, slots[0]), second.compute(2, x, row, slots[1])
         assert torch.equal(a, b) and a.any()
+    third = store.load({1: [7, 4], 2: [5, 1]}, second, release=True)
+    assert memory_of(second, third) == memory_of(third) == 4 * one

@@ -23,15 +23,18 @@ log = logging.getLogger("rayseek.unit")
 
 SILENT_S = 5.0
 """Who does not answer for so long hangs, whatever a step may take: the thread that answers does
-nothing else. On a core that six others wanted, answers took up to 0.3 s."""
+nothing else."""
+ROUND_S = 2.0
+"""Between two looks, no more than this counts as silence: on a machine so busy that the leader
+itself comes late, those it asks have not been able to answer either."""
 AGREED = ("mode", "micro_batches")  # settings that all must have, or their exchanges do not match
 
 
 @dataclass(slots=True)
 class Hand:
     """One process. serves: it has been part of a group. elsewhere: why it is ours no more.
-    broken: the newest epoch whose end it has told.
-    question: a pulse that was asked for at `asked`, and is not there yet."""
+    broken: the newest epoch whose end it has told. question: a pulse that it was asked for, and
+    has not answered for `silent_s` when it was last `looked` for; time.monotonic()."""
 
     actor: Any
     started: Started
@@ -41,7 +44,8 @@ class Hand:
     elsewhere: str | None = None
     broken: int = -1
     question: asyncio.Future[Pulse | None] | None = None
-    asked: float = 0.0
+    silent_s: float = 0.0
+    looked: float = 0.0
 
     @property
     def member(self) -> Member:
@@ -64,6 +68,11 @@ class Crew:
     @property
     def present(self) -> list[Member]:
         return [hand.member for hand in self.hands.values() if not hand.leaving]
+
+    @property
+    def somebody_is_silent(self) -> bool:
+        """Somebody did not answer in time, when everybody was asked last."""
+        return any(hand.question is not None for hand in self.hands.values())
 
     @property
     def serving(self) -> tuple[RankAddress, ...]:
@@ -105,15 +114,19 @@ class Crew:
         for hand in hands.values():
             if hand.question is None:
                 hand.question = asyncio.ensure_future(pulse_of(hand, self.unit))
-                hand.asked = time.monotonic()
+                hand.silent_s, hand.looked = 0.0, time.monotonic()
         questions = [hand.question for hand in hands.values() if hand.question]
         if questions:
             await asyncio.wait(questions, timeout=within_s)
+        now = time.monotonic()
         answers: dict[str, Pulse | None] = {}
         for name, hand in hands.items():
             if hand.question is not None and hand.question.done():
                 answers[name], hand.question = hand.question.result(), None
-            elif time.monotonic() - hand.asked > patience_s:
+                continue
+            hand.silent_s += min(now - hand.looked, ROUND_S)
+            hand.looked = now
+            if hand.silent_s >= patience_s:
                 answers[name] = None
         return answers
 

@@ -26,6 +26,7 @@ from rayseek.cluster.logs import start_logging
 from rayseek.cluster.metrics import UNIT, Meter, RayMeter
 from rayseek.cluster.placement import ExpertPlacement, Loads
 from rayseek.cluster.plan import (
+    LATER_S,
     Member,
     Pulse,
     UnitPlan,
@@ -294,6 +295,8 @@ class Unit:
             hands = dict(self._company.hands)
             pulses = await self._company.pulses(PULSE_S, min(deadline, SILENT_S))
             pause = next_look(pulses, deadline, PULSE_S)
+            if self._company.somebody_is_silent:
+                pause = LATER_S  # asking took long enough
             for name, hand in hands.items():
                 if hand.elsewhere is not None:
                     self._part(name, hand.elsewhere)

@@ -22,10 +22,10 @@ DRAIN_S = 30.0
 SURGE_PERCENT = 25  # of ingresses: an update starts new ones before old ones stop
 
 # Serve replaces a replica after three checks in a row that get no answer in time. Leaders do
-# nothing that takes long, so six seconds of silence mean that one hangs; a busy machine's pauses
+# nothing that takes long, so nine seconds of silence mean that one hangs; a busy machine's pauses
 # are shorter, and a mistake costs what a death does. Meanwhile its ranks serve, but nobody
 # replaces those that die.
-CHECK_S, CHECK_TIMEOUT_S = 1.0, 2.0
+CHECK_S, CHECK_TIMEOUT_S = 1.0, 3.0
 
 
 def build(

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,14 @@ async def test_a_unit_that_stops_hands_its_requests_over(
     monkeypatch.setattr("rayseek.cluster.unit.FINISH_S", 0.2)
     async with unit(tiny_path) as company, dispatcher(company) as ranks:
         begun = asyncio.Event()
+        (rank,) = company.ranks
+        step = rank.engine.step
+
+        def slowly() -> Any:
+            time.sleep(0.01)
+            return step()
+
+        rank.engine.step = slowly  # type: ignore[method-assign]
 
         async def ask() -> FinishReason | None:
             finish = None
@@ -182,12 +191,10 @@ async def test_a_unit_that_stops_hands_its_requests_over(
 
         asked = asyncio.ensure_future(ask())
         await begun.wait()
-        (rank,) = company.ranks
         await company.retire()
         async with asyncio.timeout(10):
-            while ranks._channels.get(rank.name) and ranks._channels[rank.name].alive:
+            while ranks.moved_lately(60) != ["long"]:
                 await asyncio.sleep(0.01)
-        assert ranks.moved_lately(60) == ["long"]
         await company.actors[rank.name].die()  # Serve ends it; here its unit starts another
         assert await asked is FinishReason.LENGTH
 
@@ -220,6 +227,19 @@ async def test_who_hangs_delays_nobodys_answer() -> None:
     assert (well.calls, hung.calls) == (2, 1)
     hung.answer.set_result(fine)
     assert await crew.pulses(0.01, 60) == {"well": fine, "hung": fine}
+
+
+async def test_who_has_not_had_time_is_not_silent() -> None:
+    """On a machine that stood still, the leader's own absence proves nothing."""
+    crew, hung = Crew("unit"), Asked()
+    crew.hands["hung"] = Hand(
+        hung, Started(Member("hung", "expert", "n", ""), None, "", ExchangeSettings())
+    )
+    assert await crew.pulses(0.01, 3) == {}
+    crew.hands["hung"].looked -= 1000
+    assert await crew.pulses(0.01, 3) == {} and crew.somebody_is_silent
+    crew.hands["hung"].looked -= 1000
+    assert await crew.pulses(0.01, 3) == {"hung": None}
 
 
 async def test_anothers_failure_costs_a_repetition(tiny_path: Path) -> None:

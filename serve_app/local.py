@@ -148,7 +148,7 @@ def running(
         }
     folder = Path(tempfile.mkdtemp(prefix="rayseek-", dir="/tmp"))  # short: it holds sockets
     os.environ.update(serve_environment(config, folder))
-    if nodes > 1:
+    if nodes > 1 and deployed is None:  # else as on a cluster
         os.environ.update(QUICK_NODE_DEATH)
     give_way()
     import ray

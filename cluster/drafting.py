@@ -23,7 +23,7 @@ from rayseek.cluster.speculation import DraftMeter
 from rayseek.model.batch import PAGE_TOKENS, Batch
 from rayseek.model.cached_model import Passed
 
-LEARN_ROWS = 16  # of a sequence, which the draft module learns at once
+LEARN_ROWS = 32  # of a sequence, which the draft module learns at once
 
 Running: TypeAlias = Mapping[str, Sequence]  # by request id
 
@@ -59,25 +59,16 @@ class Drafter:
             if depth and s.request.id in running
             and s.computed == len(s.ids) - 1 and wants_more(s, 0)
         ]  # fmt: skip
-        if not drafting or len(drafting) < len(running) or len(drafting) < len(stepped):
+        if not len(drafting) == len(stepped) == len(running):
             learn(model, stepped, running, drafting)
-        hidden: list[Tensor] = []
-        for s in drafting:
-            hidden += s.unlearned
-        hidden_TD = (
-            hidden[0] if len(hidden) == 1
-            else torch.cat(hidden) if hidden else torch.empty(0, model.hidden_size)
-        )  # fmt: skip
+        hidden_TD = torch.empty(0, model.hidden_size)
         for number in range(depth):
             began = perf_counter()
             if number:
                 ids = [[s.drafts[-1]] for s in drafting]
                 starts = [s.computed - 1 + number for s in drafting]
-            else:
-                starts = [s.computed - sum(map(len, s.unlearned)) for s in drafting]
-                ids = [s.ids[start + 1 :] for s, start in zip(drafting, starts, strict=True)]
-                for s in drafting:
-                    s.unlearned = []
+            else:  # with the rows that it has to learn of before
+                ids, starts, hidden_TD = taken(drafting, hidden_TD)
             batch = Batch.of_sequences(ids, starts, [s.pages for s in drafting], [1] * len(ids))
             places = [s.places(number)[-1] for s in drafting]
             masks = masks_at(places, self._grammars)
@@ -109,25 +100,24 @@ def learn(
     pages may be somebody's prefix.
     """
     if not drafting and not any(
-        sum(map(len, s.unlearned)) >= LEARN_ROWS or s.request.id not in running for s in stepped
+        s.computed - s.learned >= LEARN_ROWS or s.request.id not in running for s in stepped
     ):
         return
     later = {s.request.id for s in drafting}
     known = [s for s in running.values() if s.unlearned and s.request.id not in later]
     known += [s for s in stepped if s.request.id not in running and s.unlearned]
-    ids: list[list[int]] = []
-    starts: list[int] = []
-    hidden: list[Tensor] = []
-    for s in known:
-        rows = sum(map(len, s.unlearned))
-        start = s.computed - rows
-        ids.append(s.ids[start + 1 : start + 1 + rows])
-        starts.append(start)
-        hidden += s.unlearned
-        s.unlearned = []
-    if any(ids):
+    if known:
+        ids, starts, hidden_TD = taken(known, torch.empty(0, model.hidden_size))
         batch = Batch.of_sequences(ids, starts, [s.pages for s in known], [0] * len(ids))
-        model.remember(batch, torch.cat(hidden))
+        model.remember(batch, hidden_TD)
+
+
+def taken(sequences: Rows[Sequence], none_TD: Tensor) -> tuple[list[list[int]], list[int], Tensor]:
+    """All rows that the module has not learned of these: their tokens, starts and hidden states."""
+    rows = [s.take_unlearned() for s in sequences]
+    hidden = [part for _, _, parts in rows for part in parts]
+    hidden_TD = hidden[0] if len(hidden) == 1 else torch.cat(hidden) if hidden else none_TD
+    return [ids for ids, _, _ in rows], [start for _, start, _ in rows], hidden_TD
 
 
 def wants_more(s: Sequence, drafts: int) -> bool:

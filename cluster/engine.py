@@ -297,7 +297,7 @@ class Engine:
         except Exception:
             log.exception("no drafts in step %d", self.steps)
             for sequence, _ in plan.rows:
-                sequence.drafts, sequence.unlearned = [], []
+                sequence.forget_drafts()
         self._ended = perf_counter() if self._running else None
         return deltas
 
@@ -350,14 +350,14 @@ class Engine:
             sequence = self._running.pop(key)
             self.pool.release(sequence.pages)
             sequence.pages, sequence.computed = [], 0
-            sequence.drafts, sequence.unlearned = [], []
+            sequence.forget_drafts()
             self._waiting[key] = sequence
             self.preemptions += 1
         for key in plan.admitted:
             sequence = self._running[key] = self._waiting.pop(key)
             sequence.pages = list(self.pool.look_up(sequence.chain).pages)
             self.pool.hold(sequence.pages)
-            sequence.computed = len(sequence.pages) * PAGE_TOKENS
+            sequence.computed = sequence.learned = len(sequence.pages) * PAGE_TOKENS
             if sequence.cached_tokens is None:
                 sequence.cached_tokens = min(sequence.computed, len(sequence.request.prompt_ids))
                 if sequence.cached_before is not None:

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-TRY_AGAIN = 128  # steps after which an unused depth is tried for one step
+HOLD = 4  # steps for which a choice holds, unless the batch changes
+TRY_AGAIN = 500  # steps after which an unused depth is tried
 MARGIN = 1.03  # by which more drafts must be predicted to be faster
 MEMORY = 256  # drafts that an acceptance is about
-SMOOTH = 0.1  # weight of a new measurement of time
-PAUSE = 1.25  # times what is known; what takes longer was interrupted, and counts as this
+LONGER, SHORTER = 0.1, 0.5  # weights of a new measurement of time: what took long was interrupted
+PAUSE = 1.25  # more than so many times what is known counts as that many
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,7 @@ class DraftMeter:
         self._step_s: dict[int, float] = {}
         self._draft_s: dict[int, float] = {}
         self._unused = [0] * (most + 1)
+        self._held, self._batch = 0, 0
 
     @property
     def measured(self) -> Measured:
@@ -117,7 +119,10 @@ class DraftMeter:
         """The depth of a step in which `batch` sequences decode."""
         if not (self.most and batch):
             return 0
-        self.choice = policy(self.measured, batch, self.most)
+        self._held -= 1
+        if self._held <= 0 or batch != self._batch:
+            self.choice = policy(self.measured, batch, self.most)
+            self._held, self._batch = HOLD, batch
         self._unused = [n + 1 for n in self._unused]
         self._unused[self.choice.depth] = 0
         return self.choice.depth
@@ -145,5 +150,5 @@ def _smooth(table: dict[int, float], rows: int, seconds: float) -> None:
     """Steps of similar size share an entry: exact to 8 rows, then eight sizes to a doubling."""
     scale = 1 << max(0, rows.bit_length() - 4)
     key = rows // scale * scale
-    old = table.get(key)
-    table[key] = seconds if old is None else old + SMOOTH * (min(seconds, PAUSE * old) - old)
+    old = table.setdefault(key, seconds)
+    table[key] += SHORTER * min(seconds - old, 0) + LONGER * max(min(seconds, PAUSE * old) - old, 0)

@@ -178,6 +178,7 @@ class RankChannel:
             self.alive = False
             self.ready.set()
             call.cancel()
+            self._outgoing.put_nowait(None)  # ends gRPC's task that sends
             for inbox in self._inboxes.values():
                 inbox.put_nowait(None)
 

@@ -149,9 +149,13 @@ class Company(Unit):
         alive = [a for a in self.actors.values() if a.seat.role == role and not a.dead.is_set()]
         await random.choice(alive).die()
 
+    def bury(self) -> None:
+        """Forget the dead, and with them what their processes would have freed."""
+        self.actors = {name: a for name, a in self.actors.items() if not a.dead.is_set()}
+
     async def adopted(self, experts: int) -> bool:
         """Wait until a plan with so many expert ranks is followed by all."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             while self._plan is None or len(self._plan.holders) != experts:
                 await asyncio.sleep(0.02)
             await self._adopted(self._plan)
@@ -195,7 +199,7 @@ async def unit(
     try:
         for _ in range(experts + spares):
             await company.hire()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while not (await company.status()).ranks:
                 await asyncio.sleep(0.02)
         yield company
@@ -217,9 +221,9 @@ async def dispatcher(company: Company, prefill: Company | None = None) -> AsyncI
         sources = (await prefill.status()).ranks if prefill else ()
         return ranks + [replace(r, name=f"prefill-{r.name}", prefills=True) for r in sources]
 
-    made = Dispatcher(discover, patience_s=30, refresh_s=0.05)
+    made = Dispatcher(discover, patience_s=120, refresh_s=0.05)
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while prefill and made._source() is None:
                 await asyncio.sleep(0.01)
         yield made
@@ -239,7 +243,7 @@ async def answers(
     company: Company, asked: Sequence[Request], prefill: Company | None = None
 ) -> Answers:
     """All at once."""
-    async with dispatcher(company, prefill) as to, asyncio.timeout(60):
+    async with dispatcher(company, prefill) as to, asyncio.timeout(120):
         found = await asyncio.gather(*(answer(to, request) for request in asked))
     return {request.id: tokens for request, tokens in zip(asked, found, strict=True)}
 

@@ -55,7 +55,7 @@ def some_requests(random: Random, count: int, grammars: bool = False) -> list[Re
             frequency_penalty=pick([0.0, 0.0, 0.6, 1.5]),
             presence_penalty=pick([0.0, 0.0, 0.8]),
             repetition_penalty=pick([1.0, 1.0, 1.2]),
-            logit_bias=pick([(), (), tuple((n, 6.0) for n in random.sample(range(3, 1500), 9))]),
+            logit_bias=pick([(), (), some_ids(random, 9.0), some_ids(random, 99.0)]),
             seed=random.getrandbits(64),
             stop_token_ids=pick([(), (EOS, 17, 200)]),
             min_tokens=random.randrange(4),
@@ -72,6 +72,11 @@ def some_requests(random: Random, count: int, grammars: bool = False) -> list[Re
             )
         )
     return made
+
+
+def some_ids(random: Random, most: float) -> tuple[tuple[int, float], ...]:
+    """Biased, and with a large `most` nearly all the choice there is: then drafts come true."""
+    return tuple((i, random.uniform(0.1, 1) * most) for i in random.sample(range(3, 1500), 6))
 
 
 def one_at_a_time(make_engine: EngineMaker, requests: list[Request]) -> Answers:
@@ -120,7 +125,7 @@ LAYOUTS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def of_all_layouts(make_engine: EngineMaker, pytestconfig: pytest.Config) -> Any:
     random = Random(pytestconfig.getoption("--seed"))
-    requests = some_requests(random, 200 if pytestconfig.getoption("--full") else 16)
+    requests = some_requests(random, 200 if pytestconfig.getoption("--full") else 8)
     return requests, one_at_a_time(make_engine, requests)
 
 
@@ -221,16 +226,18 @@ class Tally:
 def tally(pytestconfig: pytest.Config) -> Iterator[Tally]:
     tally = Tally()
     yield tally
-    reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
-    if pytestconfig.getoption("--full") and reporter is not None:
-        reporter.write_line(f"\n{tally}")
+    if pytestconfig.getoption("--full"):
+        capture = pytestconfig.pluginmanager.get_plugin("capturemanager")
+        assert capture is not None
+        with capture.global_and_fixture_disabled():
+            print(f"\n{tally}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "number" in metafunc.fixturenames:
         first = 1000 * metafunc.config.getoption("--seed")
         full = metafunc.config.getoption("--full")
-        metafunc.parametrize("number", range(first, first + (80 if full else 4)))
+        metafunc.parametrize("number", range(first, first + (80 if full else 2)))
 
 
 async def test_the_tokens_depend_on_nothing_but_the_request(
@@ -252,7 +259,7 @@ async def test_the_tokens_depend_on_nothing_but_the_request(
             for r in random.sample(requests, 4)
         ]
         asked = [late_answer(to, r, random.uniform(0, 0.3)) for r in requests]
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(600):  # of a busy machine
             tokens = await asyncio.gather(*asked)
             await asyncio.gather(*passers_by)
             guessing = await trouble
@@ -260,7 +267,7 @@ async def test_the_tokens_depend_on_nothing_but_the_request(
         assert not differences(found, expected), case
         units = [company] if prefill is None else [company, prefill]
         for rank in [rank for of in units for rank in of.ranks]:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(120):
                 while not await asyncio.to_thread(is_idle, rank.server):
                     await asyncio.sleep(0.02)
         engines = [rank.engine for of in units for rank in of.all_ranks]

@@ -58,25 +58,6 @@ async def test_pages_from_a_prefill_unit_give_the_same_tokens(
         assert transfers is not None and transfers.fetched and not transfers.fallbacks
 
 
-LAYOUTS: list[dict[str, Any]] = [
-    {"attention": 2},
-    {"attention": 4, "redundant": 8},
-    {"experts": 1},
-    {"experts": 2, "micro_batches": 2},
-    {"experts": 3, "redundant": 3, "mode": "exact"},
-    {"attention": 2, "experts": 5, "mode": "fixed"},
-]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-async def test_the_tokens_do_not_depend_on_the_layout(
-    tiny_path: Path, undisturbed: Answers, layout: dict[str, Any]
-) -> None:
-    async with unit(tiny_path, **layout) as company:
-        found = await answers(company, requests(16))
-    assert found == {request.id: undisturbed[request.id] for request in requests(16)}
-
-
 async def test_expert_ranks_come_and_go_under_load(tiny_path: Path, undisturbed: Answers) -> None:
     """2 -> 5 -> 3: nothing fails, nothing differs, and all of them take part in between."""
     async with unit(tiny_path, experts=2, spares=3) as company:

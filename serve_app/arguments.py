@@ -119,7 +119,7 @@ def _add_config(config: argparse.ArgumentParser) -> None:
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("config", help="whose units are counted: a .yaml file, or a shipped one")
-    plan.add_argument("--requests-per-second", type=float, required=True)
+    plan.add_argument("--requests-per-second", type=float, metavar="N")
     plan.add_argument("--prompt", type=int, default=4000, help="tokens, in the mean (4000)")
     plan.add_argument("--output", type=int, default=800, help="tokens, in the mean (800)")
     plan.add_argument("--cached", type=float, default=0.5, help="part of prompts in a cache (0.5)")
@@ -127,6 +127,37 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--first-token", type=float, default=3, help="target, in seconds (3)")
     plan.add_argument("--between-tokens", type=float, default=100, help="target, in ms (100)")
     plan.add_argument("--price", type=float, help="of a GPU hour")
+    virtual = plan.add_argument_group("in virtual time")
+    virtual.add_argument("--simulate", type=float, metavar="HOURS", help="let them pass, and tell")
+    virtual.add_argument(
+        "--shape",
+        choices=("even", "poisson", "wave", "burst"),
+        default="poisson",
+        help="how requests come (poisson)",
+    )
+    virtual.add_argument(
+        "--peak", type=float, default=1.5, help="of a wave or burst, over the mean (1.5)"
+    )
+    virtual.add_argument(
+        "--spread", type=float, default=0.5, help="deviation of lengths over their mean (0.5)"
+    )
+    virtual.add_argument("--trace", type=Path, help="recorded requests instead, as JSON lines")
+    virtual.add_argument(
+        "--scale", action="store_true", help="by the policies, beside a fixed fleet of that size"
+    )
+    virtual.add_argument(
+        "--start-seconds", type=float, default=300, help="until a new unit works (300)"
+    )
+    virtual.add_argument("--unit-life", type=float, metavar="HOURS", help="in the mean, to a death")
+    virtual.add_argument("--part", type=int, help="one of so many ranks; default: as time allows")
+    virtual.add_argument("--seed", type=int, default=0)
+    virtual.add_argument("--plot", type=Path, help="of units and latencies, as .svg or .png")
+    plan.add_argument(
+        "--fit", type=Path, metavar="BENCH.json", help="a CPU engine's step times, from a bench"
+    )
+    plan.add_argument(
+        "--hold-out", default="1,8,32", help="streams that are predicted, not fitted to (1,8,32)"
+    )
 
 
 def _add_k8s(k8s: argparse.ArgumentParser) -> None:

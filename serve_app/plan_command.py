@@ -1,27 +1,66 @@
-"""`rayseek plan`: the GPUs that a load needs, units of a config at a time."""
+"""`rayseek plan`: the GPUs that a load needs, units of a config at a time; with --simulate, what
+happens to them over hours."""
 
 from __future__ import annotations
 
 import argparse
 import io
+from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
 
 from rayseek.cluster.capacity import Load, Need, Targets, needs
-from rayseek.cluster.config import load_config
+from rayseek.cluster.config import Role, load_config
+from rayseek.cluster.simulation import rooflines
+from rayseek.cluster.step_times import StepTimes
 from rayseek.model.official import DEEPSEEK_V3
+from rayseek.serve_app.fit_command import fit, without_drafts
+from rayseek.serve_app.simulate_command import simulate
+
+WHAT_IT_IS = """A bound of the best published kernels, times what published systems reach of it;
+nothing of Rayseek's own has been measured on a GPU.
+"""
 
 
 def plan(arguments: argparse.Namespace) -> str:
-    """The table as text. Raises ValueError if the targets cannot be met."""
+    """The tables as text. Raises ValueError if the targets cannot be met."""
+    config = load_config(arguments.config)
     load = Load(
-        arguments.requests_per_second, arguments.prompt, arguments.output, arguments.cached,
-        arguments.accepted,
+        arguments.requests_per_second or 0.0, arguments.prompt, arguments.output,
+        arguments.cached, arguments.accepted,
     )  # fmt: skip
     targets = Targets(arguments.first_token, arguments.between_tokens / 1e3)
-    found = needs(load_config(arguments.config), DEEPSEEK_V3, load, targets)
-    return report(found, load, arguments.price)
+    needed: list[Need] = []
+    at_peak: list[Need] = []
+    times: dict[Role, StepTimes] = {}
+    shown = ""
+    if arguments.fit:
+        config = without_drafts(config)
+        shown, measured, model = fit(arguments.fit, config, arguments.hold_out)
+        if not arguments.simulate:
+            return shown
+        times = dict.fromkeys(config.units, measured)
+    else:
+        model = DEEPSEEK_V3
+        if load.requests_s:
+            needed = needs(config, model, load, targets)
+            busiest = replace(load, requests_s=load.requests_s * arguments.peak)
+            at_peak = needs(config, model, busiest, targets)
+            shown = report(needed, load, arguments.price)
+        times = rooflines(config, model)
+    if not load.requests_s and not arguments.trace:
+        raise ValueError("say how much comes: --requests-per-second, or --simulate with --trace")
+    if arguments.simulate:
+        shown += simulate(
+            arguments, config, model, times, load, targets, _by_role(needed), _by_role(at_peak)
+        )
+    return shown + ("" if arguments.fit else WHAT_IT_IS)
+
+
+def _by_role(found: list[Need]) -> list[Need]:
+    """One for each kind of unit; units that compute prompts too are counted once."""
+    return [need for need in found if need.gpus]
 
 
 def report(found: list[Need], load: Load, price: float | None) -> str:
@@ -49,8 +88,4 @@ def report(found: list[Need], load: Load, price: float | None) -> str:
         console.print(
             f"{gpus * price:,.2f} an hour, {gpus * price / out / 3600e-6:,.2f} per million."
         )
-    console.print(
-        "A bound of the best published kernels, times what published systems reach of it;\n"
-        "nothing of Rayseek's own has been measured on a GPU."
-    )
     return text.getvalue()

@@ -20,6 +20,7 @@ from rayseek.kernels.hopper.offline import Variant
 from rayseek.kernels.sample import Draw, noise_key, signed
 
 CHUNK, SCAN = 4096, 1024
+CUT_REGISTERS = 112  # with fewer, and with some more, compilers keep two values in memory
 
 
 @triton.jit
@@ -193,8 +194,9 @@ def draw_prepared(logits: Tensor, how: Prepared) -> Tensor:
     tops = torch.empty(rows, device=device)
     if filtered:
         cut_kernel[(rows,)](
-            logits, logits.stride(0), numbers_R3, words_R4, cuts, tops, vocab, SCAN, num_warps=8
-        )
+            logits, logits.stride(0), numbers_R3, words_R4, cuts, tops, vocab, SCAN, num_warps=8,
+            maxnreg=CUT_REGISTERS,
+        )  # fmt: skip
     chunks = triton.cdiv(vocab, CHUNK)
     best = torch.empty(rows, chunks, device=device)
     best_id = torch.empty(rows, chunks, dtype=torch.int32, device=device)
@@ -211,9 +213,10 @@ def _variants() -> list[Variant]:
     types = {"logits": "*fp32", "numbers": "*fp32", "words": "*i32", "cuts": "*i64",
              "tops": "*fp32", "best": "*fp32", "best_id": "*i32", "token": "*i32"}  # fmt: skip
     found = [
-        Variant("sample cut", cut_kernel, types, {"BLOCK": SCAN}, 8),
+        Variant("sample cut", cut_kernel, types, {"BLOCK": SCAN}, 8,
+                options={"maxnreg": CUT_REGISTERS}),
         Variant("sample pick", pick_kernel, types, {"BLOCK": 32}, 1),
-    ]
+    ]  # fmt: skip
     for filtered in (False, True):
         name = f"sample draw{' filtered' if filtered else ''}"
         constants = {"FILTER": filtered, "BLOCK": CHUNK}

@@ -32,6 +32,7 @@ plain = {
     for name in ("create_dot", "binary_op", "unary_op", "cast_impl", "create_fma")
 }
 plain_reduce = interpreter.ReduceScanOpInterface.apply
+plain_patch_tensor = interpreter._patch_lang_tensor
 
 
 def to_torch(data: Any, kind: Any) -> torch.Tensor:
@@ -105,7 +106,14 @@ def reduce(self: Any, values: Any) -> Any:
     return plain_reduce(self, values)
 
 
+def patch_tensor(tensor: Any, scope: Any) -> None:
+    """Triton 3.6 makes an int of an array of one element, which numpy 2.4 refuses."""
+    plain_patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+
 interpreter._convert_float = convert
+interpreter._patch_lang_tensor = patch_tensor
 for function in (create_dot, binary_op, unary_op, create_fma, cast_impl):
     setattr(Builder, function.__name__, function)
 interpreter.ReduceScanOpInterface.apply = reduce

@@ -78,6 +78,8 @@ UNIT = (
     _gauge("rank_requests_waiting", "Requests queued at a rank.", *OF_RANK),
     _gauge("prompt_tokens_queued", "Tokens to compute of the requests queued.", *OF_RANK),
     _gauge("draft_depth", "Tokens that are drafted for a sequence.", *OF_RANK),
+    _gauge("draft_tokens_predicted", "Tokens/s that a rank expects of each depth of drafts, from "
+           "which it chooses.", *OF_RANK, "depth"),
     _gauge("rank_at_seconds", "How long a process that has work is where it is.", *OF_RANK),
     _counter("steps", "Steps of a rank's engine.", *OF_RANK),
     _counter("step_seconds", "Time of the engine's thread: plan, model, sample, draft, and idle "

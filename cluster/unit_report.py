@@ -218,6 +218,8 @@ class UnitReport:
             meter.set("rank_requests_waiting", load.waiting, **labels)
             meter.set("prompt_tokens_queued", load.prompt_tokens_queued, **labels)
             meter.set("draft_depth", load.draft_depth, **labels)
+            for depth, predicted in enumerate(load.draft_rates):
+                meter.set("draft_tokens_predicted", predicted, **labels, depth=str(depth))
             for depth, (drafted, accepted) in enumerate(
                 zip(load.drafted, load.accepted, strict=True), start=1
             ):

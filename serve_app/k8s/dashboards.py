@@ -122,6 +122,8 @@ DASHBOARDS: dict[str, tuple[str, tuple[str, ...], tuple[Panel, ...]]] = {
         Panel("Rows", "short", ((rate("rows_total", UNIT, "unit, kind"), "{{unit}} {{kind}}"),)),
         Panel("Drafts that came true", "percentunit", ((DRAFTS, "{{depth}} ahead"),)),
         Panel("Depth of drafts", "short", ((gauge("draft_depth", of="avg"), "{{unit}}"),)),
+        Panel("Tokens/s expected of each depth of drafts", "short", ((
+            gauge("draft_tokens_predicted", by="unit, depth"), "{{unit}} {{depth}}"),)),
         Panel("Preemptions", "short", ((rate("preemptions_total", UNIT, "unit"), "{{unit}}"),)),
         Panel("Pages handed over", "short", ((
             rate("transfer_pages_total", UNIT, "what"), "{{what}}"),)),

@@ -65,6 +65,7 @@ class Load:
         self.pages_held, self.pages_total = values.get("pages_held", 0), 100
         self.prompt_tokens_queued, self.parked = values.get("queued", 0), values.get("parked", 0)
         self.draft_depth, self.drafted, self.accepted = 1, (10, 4), (8, 2)
+        self.draft_rates = 900.0, 1200.0, 1100.0
 
 
 def pulse(steps: int, seconds: float = 1.0, **load: int) -> Pulse:
@@ -128,6 +129,7 @@ def test_lone_rank_and_its_successor() -> None:
     state = ([member], placement, load.rows, ["one thing is wrong"], 0)
     report.publish(None, *state)
     assert book.total("kv_pages_used", rank="attention0") == 40
+    assert book.total("draft_tokens_predicted", depth="1") == 1200
     assert book.total("steps") == 9 and book.total("rows", kind="prompt") == 900
     assert book.total("expert_rows", expert="0") == 9 and book.total("expert_rows") == 20
     assert book.total("experts_taken", how="copied") == 9

@@ -72,6 +72,15 @@ def room(config: Config, model: ModelConfig, role: Role) -> Room | None:
     return Room(slots + free, whole_layers=config.hardware.accelerator != "cpu")
 
 
+def bearable_deaths(config: Config, model: ModelConfig, role: Role) -> int | None:
+    """How many holders of a unit may be dead at once while the others have memory for all experts;
+    with more, the unit waits for successors. None: nobody knows, or experts are in one place."""
+    there, holders = room(config, model, role), config.units[role].holders
+    if there is None or holders == 1:
+        return None
+    return holders - -(-model.n_routed_experts // min(there.slots, model.n_routed_experts))
+
+
 def _attention(config: Config, model: ModelConfig, role: Role, ledger: Ledger) -> RankMemory:
     engine, unit = config.engine_of(role), config.units[role]
     own = ledger.slots if unit.experts == "colocated" else 0

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rayseek.cluster.config import Config, load_config
-from rayseek.cluster.fit import GIB, RankMemory, problems, rank_memories
+from rayseek.cluster.fit import GIB, RankMemory, bearable_deaths, problems, rank_memories
 from rayseek.cluster.layout import Deployment, Layout, layout
 from rayseek.model.config import ModelConfig
 
@@ -71,11 +71,20 @@ def report(config: Config, model: ModelConfig, name: str) -> str:
     plan = layout(config, model)
     console.print(f"Memory of each rank with {name}")
     console.print(_memory_table(rank_memories(config, model)))
+    for role in config.units:
+        if (deaths := bearable_deaths(config, model, role)) is not None:
+            console.print(f"{role}: {_after_deaths(deaths, config.units[role].holders)}")
     console.print("Serve deployments")
     console.print(_deployment_table(plan))
     console.print(f"Ranks, on {plan.nodes} node{'s' * (plan.nodes > 1)}")
     console.print(_rank_table(plan))
     return text.getvalue()
+
+
+def _after_deaths(deaths: int, holders: int) -> str:
+    if deaths:
+        return f"up to {deaths} of {holders} ranks may be dead, and the others hold all experts"
+    return "a dead rank's experts fit into no others' memory: the unit waits for its successor"
 
 
 def _memory_table(memories: Iterable[RankMemory]) -> Table:

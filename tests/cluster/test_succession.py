@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayseek.cluster.config import Config
-from rayseek.cluster.fit import room
+from rayseek.cluster.config import Config, load_config
+from rayseek.cluster.fit import bearable_deaths, room
+from rayseek.cluster.layout import UNIT_NAMES, layout
 from rayseek.cluster.placement import slots_per_holder
 from rayseek.cluster.plan import Member, UnitPlan, Wanted, next_plan
 from rayseek.cluster.succession import Room, peak
@@ -181,11 +182,27 @@ CONFIGS = Path(__file__).parents[2] / "cluster" / "configs"
 
 @pytest.mark.parametrize("name", ["h200-8", "h800-16", "h800-cell-18"])
 def test_room_is_what_the_ledger_leaves(name: str) -> None:
-    from rayseek.cluster.config import load_config
-
     config = load_config(CONFIGS / f"{name}.yaml")
     for role, unit in config.units.items():
         found = room(config, DEEPSEEK_V3, role)
         least = slots_per_holder(256, unit.holders, unit.redundant_experts)
         assert found is not None and found.whole_layers and found.slots >= least
+        deaths = bearable_deaths(config, DEEPSEEK_V3, role)
+        wanted = layout(config, DEEPSEEK_V3)[UNIT_NAMES[role]].unit.wanted  # type: ignore[union-attr]
+        before = _even(wanted, unit.holders)
+        assert deaths is not None
+        for more, plan in ((0, UnitPlan), (1, str)):
+            left = _crew(unit.holders - deaths - more)
+            loads = {layer: [1.0] * 256 for layer in wanted.layers}
+            assert isinstance(next_plan(before, left, wanted, loads, broken=True), plan)
     assert room(Config(), DEEPSEEK_V3, "decode") is None  # a laptop: nobody knows
+
+
+def _crew(ranks: int) -> list[Member]:
+    return [Member(f"a{i}", "attention", f"n{i // 8}", "h:1") for i in range(ranks)]
+
+
+def _even(wanted: Wanted, holders: int) -> UnitPlan:
+    plan = next_plan(None, _crew(holders), wanted, {layer: [1.0] * 256 for layer in wanted.layers})
+    assert isinstance(plan, UnitPlan)
+    return plan

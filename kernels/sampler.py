@@ -79,8 +79,9 @@ class TorchSampler:
         bound = [r for r, row in enumerate(rows) if row.allowed_V is not None]
         if bound:
             allowed_MV = np.stack([a for row in rows if (a := row.allowed_V) is not None])
-            barred_MV = torch.from_numpy(allowed_MV == 0).to(device)
-            logits_RV[bound] = logits_RV[bound].masked_fill_(barred_MV, -torch.inf)
+            barred_MV = torch.from_numpy(allowed_MV == 0).to(device, non_blocking=True)
+            bound_M = torch.tensor(bound).to(device, non_blocking=True)
+            logits_RV[bound_M] = logits_RV[bound_M].masked_fill_(barred_MV, -torch.inf)
         ids = sample(logits_RV, [row.draw for row in rows])
         drawn = [
             Drawn(token if finite else None)
@@ -151,7 +152,9 @@ class NativeSampler:
 
 def apply_edit(logits_V: Tensor, edit: Edit) -> None:
     """In place, on any device."""
-    ids, values = edit.ids_N.to(logits_V.device), edit.values_N.to(logits_V.device)
+    device = logits_V.device
+    ids = edit.ids_N.to(device, non_blocking=True)
+    values = edit.values_N.to(device, non_blocking=True)
     old = logits_V[ids]
     if edit.penalty:
         logits_V[ids] = torch.where(old > 0, old / values, old * values)

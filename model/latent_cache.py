@@ -71,13 +71,16 @@ def checksums(words_NW: Tensor) -> list[int]:
     Multilinear: the words times fixed odd random numbers, summed modulo 2^64. One wrong word is
     always noticed, any other damage but for one case in billions; a GPU computes it where it is.
     """
-    weights_W = _checksum_weights(words_NW.shape[1]).to(words_NW.device)
-    return [int((row.long() * weights_W).sum()) for row in words_NW]
+    if not len(words_NW):
+        return []
+    weights_W = _checksum_weights(words_NW.shape[1], words_NW.device)
+    sums: list[int] = torch.stack([(row.long() * weights_W).sum() for row in words_NW]).tolist()
+    return sums  # the one time that a GPU is waited for
 
 
 @lru_cache(maxsize=4)
-def _checksum_weights(count: int) -> Tensor:
+def _checksum_weights(count: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     low, high = torch.randint(0, 2**32, (2, count), generator=generator)
-    weights_W: Tensor = (high << 32) | low | 1
+    weights_W: Tensor = ((high << 32) | low | 1).to(device)
     return weights_W

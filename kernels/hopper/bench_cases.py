@@ -18,6 +18,7 @@ from torch import Tensor
 from rayseek.kernels.cuda import CudaOps
 from rayseek.kernels.fp8 import BLOCK, dequantise_ref, dequantise_rows_ref
 from rayseek.kernels.hopper import (
+    bench_others,
     bf16_gemm,
     fp8_gemm,
     latent_cache,
@@ -28,6 +29,7 @@ from rayseek.kernels.hopper import (
     router,
     sample,
 )
+from rayseek.kernels.hopper.bench_others import Other
 from rayseek.kernels.kv_format import token_bytes
 from rayseek.kernels.latent_pages import fp8_tokens_ref, read_pages_ref
 from rayseek.kernels.mla_attention import mla_attention_ref
@@ -38,7 +40,6 @@ from rayseek.kernels.router import route_ref
 from rayseek.kernels.sample import Draw, gumbel_noise, keep_mask, noise_key
 
 Peak = Literal["fp8", "bf16", "hbm"]
-Other = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,30 +164,14 @@ def _gemm(n: int, k: int, rows: int, device: str) -> Callable[[], Built]:
             expected = values @ dequantise_ref(Weight(w, w_scale)).T
             return relative(fp8_gemm.fp8_matmul(x, x_scale, w, w_scale)[:few], expected)
 
-        others: dict[str, Other] = {
-            "torch._scaled_mm": lambda: torch._scaled_mm(
-                x, w.T, scale_a=x_scale.T, scale_b=w_scale.T, out_dtype=torch.bfloat16
-            )
-        }
-        with_deep_gemm(others, x, x_scale, w, w_scale)
+        others: dict[str, Other] = {}
+        bench_others.fp8_products(others, x, x_scale, w, w_scale)
         return Built(
             lambda: fp8_gemm.fp8_matmul(x, x_scale, w, w_scale), error,
             n * k + rows * k + 2 * rows * n, 2.0 * rows * n * k, "fp8", others,
         )  # fmt: skip
 
     return build
-
-
-def with_deep_gemm(others: dict[str, Other], *tensors: Tensor) -> None:
-    """Add DeepGEMM's product, if it is installed."""
-    try:
-        import deep_gemm  # type: ignore[import-not-found]
-    except ImportError:
-        return
-    x, x_scale, w, w_scale = tensors
-    out = torch.empty(len(x), len(w), dtype=torch.bfloat16, device=x.device)
-    rows = x_scale.T  # columns first in memory, as it wants them
-    others["DeepGEMM"] = lambda: deep_gemm.fp8_gemm_nt((x, rows), (w, w_scale), out)
 
 
 def _bf16(n: int, k: int, rows: int, device: str) -> Callable[[], Built]:
@@ -241,13 +226,8 @@ def _grouped(experts: int, each: int, n: int, k: int, device: str) -> Callable[[
             few = slice(rows - min(each, 64), rows)
             return relative(out[few], dequantise_rows_ref(x[few], x_scale[:, few]) @ last.T)
 
-        ends = (torch.arange(experts, device=device, dtype=torch.int32) + 1) * each
-        ones, each_n = torch.ones(rows, device=device), torch.ones(experts, n, device=device)
-        others: dict[str, Other] = {
-            "torch._scaled_grouped_mm": lambda: torch._scaled_grouped_mm(
-                x, w.transpose(1, 2), ones, each_n, offs=ends, out_dtype=torch.bfloat16
-            )
-        }
+        others: dict[str, Other] = {}
+        bench_others.grouped_products(others, x, x_scale, w, w_scale, each)
         return Built(run, error, w.numel() + rows * (k + 2 * n), 2.0 * rows * n * k, "fp8", others)
 
     return build
@@ -285,11 +265,13 @@ def _decode(d: Dimensions, batch: int, context: int, device: str, fp8: bool) -> 
             score = torch.bmm(q, gathered.transpose(1, 2)) * width**-0.5
             return torch.bmm(score.softmax(-1), gathered[..., : d.latent])
 
+        others: dict[str, Other] = {"cuBLAS bmm": plain}
+        bench_others.latent_attention(others, q, pages, table, position + 1, d.latent, width**-0.5)
         keys = float(batch * context)
         moved = keys * _token(d, fp8) + 2 * batch * d.heads * (width + d.latent)
         return Built(
             run, error, moved, 2 * keys * d.heads * (width + d.latent), "bf16",
-            {"cuBLAS bmm": plain},
+            others,
         )  # fmt: skip
 
     return build

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 
-from rayseek.kernels.hopper import bench
+from rayseek.kernels.hopper import bench, bench_others
 from rayseek.kernels.hopper.bench_cases import Case, Dimensions, cases
 
 TINY = Dimensions(
@@ -27,6 +31,42 @@ def test_a_case_runs_and_agrees(case: Case) -> None:
     built.run()
     assert built.error() <= BOUND.get(case.kernel, 1e-6)
     assert built.bytes > 0 and (built.flops > 0) == (built.peak != "hbm")
+
+
+def test_others_are_asked_if_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By stand-ins for the packages: names of what is called, and shapes that fit together."""
+    called: list[str] = []
+
+    class Package(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+
+            def call(*arguments: Any) -> Any:
+                called.append(name)
+                return (torch.zeros(1), torch.zeros(1)) if name == "get_mla_metadata" else self
+
+            return call
+
+    for name in ("deep_gemm", "flash_mla", "flashinfer", "flashinfer.mla"):
+        monkeypatch.setitem(sys.modules, name, Package(name))
+    for kernel, expected in {
+        "fp8 gemm": ["fp8_gemm_nt"],
+        "grouped fp8": ["m_grouped_fp8_gemm_nt_masked"],
+        "mla decode": ["get_mla_metadata", "BatchMLAPagedAttentionWrapper", "plan",
+                       "flash_mla_with_kvcache", "run"],
+        "mla decode fp8": [],
+    }.items():  # fmt: skip
+        called.clear()
+        others = next(case for case in cases(TINY, "cpu") if case.kernel == kernel).build().others
+        for label, run in others.items():
+            if label in ("DeepGEMM", "FlashMLA", "FlashInfer"):
+                run()
+        assert called == expected
+    others = {}
+    bench_others.add(others, "x", "deep_gemm", lambda _: 1 / 0)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ZeroDivisionError):
+        others["x"]()
 
 
 def test_batches_are_compared() -> None:

@@ -10,11 +10,15 @@ from random import Random
 import pytest
 
 from rayseek.cluster.build import build_engine
+from rayseek.cluster.build_unit import ExpertLoader
 from rayseek.cluster.engine import run_to_end
+from rayseek.cluster.placement import ExpertPlacement
 from rayseek.cluster.rank import Seat
 from rayseek.cluster.request import Request, SamplingParams
 from rayseek.cluster.succession import Room
-from rayseek.model.expert_slots import ExpertSlots, ExpertsReleased
+from rayseek.kernels.select import choose_ops
+from rayseek.model.checkpoint import Checkpoint
+from rayseek.model.expert_slots import ExpertSlots, ExpertsReleased, ExpertStore
 from tests.cluster.company import SETTINGS, Answers, Company, answers, chosen, unit
 
 REQUESTS = [
@@ -84,3 +88,23 @@ async def test_who_cannot_take_over_says_so_and_waits(
         assert await asked == undisturbed
         assert slots_of(survivor) is kept[survivor.name], "its experts were never touched"
         assert (await company.status()).problems == ()
+
+
+def test_what_was_loaded_and_never_used_makes_room(tiny_path: Path) -> None:
+    """Plans that are given up leave nothing; what computes is whole until its group is broken."""
+    loader = ExpertLoader(ExpertStore(Checkpoint.open(tiny_path), choose_ops().ops))
+
+    def load(*experts: int, release: bool = False) -> ExpertSlots:
+        layers = dict.fromkeys((1, 2), experts)
+        return loader.load(ExpertPlacement(0, layers, len(experts), (0,)), 0, None, release)
+
+    used = load(0, 1, 2)
+    loader.use(used)
+    given_up = load(1, 2, 3)
+    assert load(1, 2, 3) is given_up
+    newer = load(3, 4, 5)
+    assert len(used.layers) == 2 and not given_up.layers
+    assert loader.taken.read == 2 * (3 + 1 + 2)
+    last = load(5, 6, release=True)
+    assert not used.layers and not newer.layers
+    assert last.lists == {1: (5, 6), 2: (5, 6)} and loader.taken.read == 2 * (3 + 1 + 2 + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -66,3 +67,20 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="1"):
         main(["plan", "laptop", "--requests-per-second", "5"])
     assert "plans are for GPU configs" in capsys.readouterr().err
+
+
+def test_the_command_in_virtual_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "p.svg"
+    words = ["plan", "h200-8", "--requests-per-second", "6", "--simulate", "0.05", "--part", "4"]
+    main([*words, "--scale", "--shape", "wave", "--plot", str(picture)])
+    shown = capsys.readouterr().out
+    assert "scaled" in shown and "fixed" in shown and "requests over 3 s or 100 ms" in shown
+    assert "Of 4 ranks of a unit one was simulated" in shown
+    assert "</svg>" in picture.read_text()
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"at": 0, "prompt": 100, "output": 5}\n' * 3)
+    main(["plan", "h200-8", "--simulate", "0.01", "--trace", str(trace)])
+    assert "requests" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1"):
+        main(["plan", "h200-8"])
+    assert "--requests-per-second" in capsys.readouterr().err

@@ -49,6 +49,9 @@ log = logging.getLogger("rayseek.rank")
 
 LOOK_S = 1.0  # a step that could do nothing is tried again after this, should nobody tell why
 MAX_STREAMS = 256  # ingress replicas on one rank; each has a thread that mostly sleeps
+# Clients ask every 20 s whether we live (CHANNEL_OPTIONS). By default, gRPC hangs up on who does
+# that while nothing is sent to him: while a rank waits for a plan, say, and requests go on coming.
+SERVER_OPTIONS = [("grpc.http2.max_ping_strikes", 0)]
 
 Stream = int  # one connected ingress
 Command: TypeAlias = "Callable[[Engine], None]"
@@ -270,7 +273,7 @@ class RankServer:
         self._stream_numbers = itertools.count()  # `next` is atomic: streams open in threads
         self.engine_loop = EngineLoop(engine, self._deliver, participant, transfer)
         self._pool = ThreadPoolExecutor(MAX_STREAMS, "token-channel")
-        self._server = grpc.server(self._pool, interceptors=[Gate()])
+        self._server = grpc.server(self._pool, interceptors=[Gate()], options=SERVER_OPTIONS)
         self._server.add_generic_rpc_handlers(
             (
                 grpc.method_handlers_generic_handler(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import queue
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
@@ -111,6 +112,7 @@ class Company(Unit):
     def __init__(self, spec: UnitSpec, drafts: int | None) -> None:
         super().__init__(spec, "unit", NoMeter())
         self.drafts = drafts
+        self._hired = itertools.count()
         self.actors: dict[str, Direct] = {}
         self.killed: list[asyncio.Future[None]] = []
 
@@ -129,7 +131,7 @@ class Company(Unit):
 
     async def hire(self) -> str:
         """Another expert rank comes and is taken in."""
-        actor = self._made(ExpertRank(f"expert-{len(self.actors)}", self._spec.rank))
+        actor = self._made(ExpertRank(f"expert-{next(self._hired)}", self._spec.rank))
         started = await actor.seat.start()
         assert await self.attach("unit", actor, started)
         return actor.seat.name

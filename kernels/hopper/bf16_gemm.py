@@ -95,24 +95,24 @@ def _launch(x: Tensor, w: Tensor, residual: Tensor | None, out: Tensor) -> None:
 
 
 def _variants() -> list[Variant]:
-    types = {"x": "*bf16", "w": "*bf16", "residual": "*fp32", "out": "*fp32"}
     found = []
-    for tile in TILES.values():
-        constants = {"RESIDUAL": False, "EVEN_K": True, "BN": tile.weights, "BT": tile.tokens,
-                     "BK": STEP}  # fmt: skip
-        name = f"bf16 gemm {tile.weights}x{tile.tokens}"
-        found.append(
-            Variant(
-                name,
-                bf16_kernel,
-                types,
-                constants,
-                tile.warps,
-                tile.stages,
-                wgmma=True,
-                unaligned=("T",),
-            )  # fmt: skip
-        )
+    for out, kind in (("fp32", "gemm"), ("bf16", "batched")):
+        types = {"x": "*bf16", "w": "*bf16", "residual": "*fp32", "out": f"*{out}"}
+        for tile in TILES.values():
+            constants = {"RESIDUAL": False, "EVEN_K": True, "BN": tile.weights, "BT": tile.tokens,
+                         "BK": STEP}  # fmt: skip
+            found.append(
+                Variant(
+                    f"bf16 {kind} {tile.weights}x{tile.tokens}",
+                    bf16_kernel,
+                    types,
+                    constants,
+                    tile.warps,
+                    tile.stages,
+                    wgmma=True,
+                    unaligned=("T",),
+                )  # fmt: skip
+            )
     return found
 
 

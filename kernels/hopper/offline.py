@@ -44,7 +44,7 @@ class Variant:
     types: Mapping[str, str]
     constants: Mapping[str, Any]
     warps: int
-    stages: int = 1
+    stages: int = 3  # what Triton takes where a launcher says nothing
     wgmma: bool = False
     tma: bool = False
     unaligned: tuple[str, ...] = ()

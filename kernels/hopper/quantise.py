@@ -133,13 +133,17 @@ def _variants() -> list[Variant]:
                     unaligned=("T",),
                 )  # fmt: skip
             )
-        gated = source == "bf16"
-        constants = {"GATED": gated, "LIMITED": gated, "BLOCK_G": GROUPS}
-        name = f"quantise {source}{' silu' if gated else ''}"
-        found.append(Variant(name, quantise_kernel, types, constants, 4, unaligned=("T",)))
-    types = {"x": "*fp32", "out": "*bf16", "scale": "*fp32", "weight": "*fp32", "eps": "fp32"}
-    plain = {"QUANTISE": False, "BLOCK_G": 64}
-    found.append(Variant("rms_norm bf16", rms_norm_kernel, types, plain, NORM_WARPS))
+        plain = {"QUANTISE": False, "BLOCK_G": 64}
+        found.append(
+            Variant(f"rms_norm {source}", rms_norm_kernel, types | {"out": "*bf16"}, plain,
+                    NORM_WARPS, unaligned=("T",))
+        )  # fmt: skip
+        for gated, limited in ((False, False), (True, False), (True, True)):
+            if gated and source == "fp32":
+                continue
+            constants = {"GATED": gated, "LIMITED": limited, "BLOCK_G": GROUPS}
+            name = f"quantise {source}{' silu' * gated}{' some' * limited}"
+            found.append(Variant(name, quantise_kernel, types, constants, 4, unaligned=("T",)))
     return found
 
 

@@ -107,3 +107,11 @@ def test_a_change_is_over_when_nothing_old_is_left(change: dict[str, Any], over:
         **change,
     }
     assert settled(application, ["old"], {"Decode": 1}) == over
+
+
+def test_serve_tells_what_is_looked_at() -> None:
+    from ray.serve.schema import ApplicationDetails, DeploymentDetails, ReplicaDetails
+
+    assert {"status", "message", "deployments"} <= ApplicationDetails.model_fields.keys()
+    assert {"status", "message", "replicas"} <= DeploymentDetails.model_fields.keys()
+    assert {"replica_id", "state"} <= ReplicaDetails.model_fields.keys()

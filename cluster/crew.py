@@ -24,9 +24,9 @@ log = logging.getLogger("rayseek.unit")
 SILENT_S = 5.0
 """Who does not answer for so long hangs, whatever a step may take: the thread that answers does
 nothing else."""
-ROUND_S = 2.0
-"""Between two looks, no more than this counts as silence: on a machine so busy that the leader
-itself comes late, those it asks have not been able to answer either."""
+ON_TIME = 1.1
+"""A round of asking that took longer than this many times what it should counts the less for it: on
+a machine so busy that the leader itself comes late, others cannot answer in time either."""
 AGREED = ("mode", "micro_batches")  # settings that all must have, or their exchanges do not match
 
 
@@ -124,7 +124,8 @@ class Crew:
             if hand.question is not None and hand.question.done():
                 answers[name], hand.question = hand.question.result(), None
                 continue
-            hand.silent_s += min(now - hand.looked, ROUND_S)
+            took, due = now - hand.looked, within_s * ON_TIME
+            hand.silent_s += took if took <= due else due**2 / took
             hand.looked = now
             if hand.silent_s >= patience_s:
                 answers[name] = None

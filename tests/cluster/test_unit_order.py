@@ -235,11 +235,13 @@ async def test_who_has_not_had_time_is_not_silent() -> None:
     crew.hands["hung"] = Hand(
         hung, Started(Member("hung", "expert", "n", ""), None, "", ExchangeSettings())
     )
-    assert await crew.pulses(0.01, 3) == {}
-    crew.hands["hung"].looked -= 1000
-    assert await crew.pulses(0.01, 3) == {} and crew.somebody_is_silent
-    crew.hands["hung"].looked -= 1000
-    assert await crew.pulses(0.01, 3) == {"hung": None}
+    for _ in range(10):
+        assert await crew.pulses(0.01, 3) == {}
+        assert crew.somebody_is_silent
+        crew.hands["hung"].looked -= 1000
+    async with asyncio.timeout(30):
+        while await crew.pulses(0.01, 0.05) != {"hung": None}:
+            pass
 
 
 async def test_anothers_failure_costs_a_repetition(tiny_path: Path) -> None:

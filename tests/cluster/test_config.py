@@ -248,3 +248,15 @@ def test_laptop_split() -> None:
     ]  # fmt: skip
     assert [p.slots for p in plan.places] == [16, 0, 8, 8]
     assert plan.nodes == 1
+
+
+@pytest.mark.parametrize("accelerator, auto", [("H200", 1152), ("cpu", 2304)])
+def test_fp8_latents_leave_room_for_more_tokens(accelerator: str, auto: int) -> None:
+    def tokens(kv_dtype: str) -> int:
+        engine = {"cache_gib": 8, "kv_dtype": kv_dtype, "draft_tokens": 1}
+        config = {"engine": engine, "hardware": {"accelerator": accelerator}}
+        (memory,) = rank_memories(Config.model_validate(config), OFFICIAL)
+        return memory.tokens
+
+    assert tokens("auto") == 8 * 2**30 // (62 * auto)
+    assert tokens("fp8") == 8 * 2**30 // (62 * 656)

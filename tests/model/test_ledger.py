@@ -42,6 +42,7 @@ def test_files_and_cache_of_the_671b_model() -> None:
     assert ledger.kv_bytes_per_token == 70_272
     assert ledger.kv_bytes_per_token + ledger.mtp_kv_bytes_per_token == 71_424
     assert ledger.page_bytes == 4_497_408
+    assert ledger.kv_fp8_bytes_per_token == 61 * 656
 
 
 def test_one_rank_holds_exactly_what_it_would_load() -> None:
@@ -57,6 +58,7 @@ def test_room_for_cache() -> None:
     assert ledger.room_bytes is not None
     assert ledger.room_bytes == 80 * 2**30 - ledger.rank_bytes - ledger.mtp_rank_bytes
     assert ledger.room_tokens == ledger.room_bytes // 4_497_408 * 64
+    assert ledger.fp8_room_tokens == ledger.room_bytes // (61 * 656 * 64) * 64
     small = make_ledger(OFFICIAL, 8, device_gib=80)
     assert small.room_tokens == 0
     assert "too small" in render(small)

@@ -50,7 +50,7 @@ log = logging.getLogger("rayseek.rank")
 LOOK_S = 1.0  # a step that could do nothing is tried again after this, should nobody tell why
 MAX_STREAMS = 256  # ingress replicas on one rank; each has a thread that mostly sleeps
 # Clients ask every 20 s whether we live (CHANNEL_OPTIONS). By default, gRPC hangs up on who does
-# that while nothing is sent to him: while a rank waits for a plan, say, and requests go on coming.
+# that on a stream on which nothing is said: an idle one after 220 s, with whatever waits on it.
 SERVER_OPTIONS = [("grpc.http2.max_ping_strikes", 0)]
 
 Stream = int  # one connected ingress

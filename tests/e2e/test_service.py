@@ -30,6 +30,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from openai import AsyncOpenAI, OpenAI
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from rayseek.cluster.metrics import METRICS, SERVE_LABELS
 from rayseek.serve_app.chat_pb2 import ChatChunk, ChatRequest, Message
 from rayseek.serve_app.local import free_port
 
@@ -411,6 +412,33 @@ def test_bad_input_through_the_proxy(service: Service) -> None:
         assert wrong.json()["error"]["type"] == "authentication_error"
         assert client.get(f"{service.url}/health").status_code == 200
         assert client.get(f"{service.url}/ready").status_code == 200
+
+
+def test_prometheus_finds_metrics_under_the_names_that_dashboards_use(service: Service) -> None:
+    """Scraped from the targets that Ray names: every name and label is one of the list's."""
+    with OpenAI(api_key=service.key, base_url=service.base) as client:
+        client.chat.completions.create(**ask(3, max_tokens=4))
+    token = {"Authorization": f"Bearer {service.token}"}
+    listed = {name: metric for metric in METRICS for name in metric.exported}
+    wanted = {  # one of each kind, and a unit's
+        f"ray_rayseek_{name}"
+        for name in ("generation_tokens_total", "requests_running", "unit_ranks",
+                     "time_to_first_token_seconds_bucket")
+    }  # fmt: skip
+    found: dict[str, set[str]] = {}
+    deadline = time.monotonic() + 120  # Ray's agents hear of news every 10 s
+    while time.monotonic() < deadline and not wanted <= found.keys():
+        time.sleep(1)
+        discovered = httpx.get(f"{service.dashboard}/api/prometheus/sd", headers=token, timeout=60)
+        for target in {t for group in discovered.json() for t in group["targets"]}:
+            with contextlib.suppress(httpx.HTTPError):  # not every process of Ray's serves any
+                for line in httpx.get(f"http://{target}/metrics").text.splitlines():
+                    if series := re.match(r"(ray_rayseek_\w+)\{(.*)\} ", line):
+                        labels = re.findall(r'(\w+)="', series[2])
+                        found.setdefault(series[1], set()).update(labels)
+    assert wanted <= found.keys() <= listed.keys()
+    for name, labels in found.items():
+        assert {*listed[name].labels, *SERVE_LABELS} <= labels, name
 
 
 def test_too_long_a_prompt_is_refused_and_the_server_lives(service: Service) -> None:

@@ -68,8 +68,6 @@ def needs(
     Raises ValueError if no number of such units meets the targets, or for CPUs, whose rates nobody
     has written down.
     """
-    if config.hardware.accelerator not in DEVICES:
-        raise ValueError("plans are for GPU configs: hardware.accelerator is cpu")
     costs = {role: unit_cost(config, model, role, efficiency) for role in config.units}
     batch, step, limit = _decode_batch(config, model, costs["decode"], load, targets)
     kept = tokens_kept(config, load.accepted)
@@ -124,7 +122,12 @@ def needs(
 
 
 def unit_cost(config: Config, model: ModelConfig, role: Role, efficiency: Efficiency) -> Cost:
-    """The cost model of a unit of this role. Raises KeyError for CPUs."""
+    """The cost model of a unit of this role. Raises ValueError for CPUs."""
+    if config.hardware.accelerator not in DEVICES:
+        raise ValueError(
+            "plans are for GPU configs: hardware.accelerator is cpu, whose step times only a bench "
+            "can tell (--fit)"
+        )
     unit = config.units[role]
     slots = slots_per_holder(model.n_routed_experts, unit.holders, unit.redundant_experts)
     device = DEVICES[config.hardware.accelerator]

@@ -7,7 +7,7 @@ those that nobody drafts from, is decided here; how many tokens ahead, in `specu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from time import perf_counter
 from typing import Protocol, TypeAlias
@@ -43,9 +43,14 @@ class Drafter:
     """Fills `Sequence.drafts`, with the target's own way of choosing tokens."""
 
     def __init__(
-        self, chooser: TokenChooser, grammars: GrammarCompiler | None, meter: DraftMeter
+        self,
+        chooser: TokenChooser,
+        grammars: GrammarCompiler | None,
+        meter: DraftMeter,
+        clock: Callable[[], float] = perf_counter,
     ) -> None:
-        self._chooser, self._grammars, self._meter = chooser, grammars, meter
+        self._chooser, self._grammars = chooser, grammars
+        self._meter, self._now = meter, clock
 
     def draft(
         self, model: DraftModel, depth: int, stepped: Rows[Sequence], running: Running
@@ -63,7 +68,7 @@ class Drafter:
             learn(model, stepped, running, drafting)
         hidden_TD = torch.empty(0, model.hidden_size)
         for number in range(depth):
-            began = perf_counter()
+            began = self._now()
             if number:
                 ids = [[s.drafts[-1]] for s in drafting]
                 starts = [s.computed - 1 + number for s in drafting]
@@ -80,7 +85,7 @@ class Drafter:
                 if isinstance(token, Token):
                     s.drafts.append(token.id)
             if len(batch.ids_T) <= len(drafting) * (1 + self._meter.most):  # else many of a prompt
-                self._meter.draft_took(len(drafting), perf_counter() - began)
+                self._meter.draft_took(len(drafting), self._now() - began)
             if number + 1 == depth:
                 break
             on = [r for r, s in enumerate(drafting) if wants_more(s, number + 1)]

@@ -106,6 +106,7 @@ class Engine:
     depth_policy: how many tokens to draft in a step, of those that the limits allow.
     fingerprint: of the model, told to those who ask this engine (model/fingerprint.py).
     sampler: draws tokens from logits; without one, PyTorch does.
+    clock: seconds by which depths of drafts are compared.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Engine:
         depth_policy: DepthPolicy = choose_depth,
         fingerprint: str = "",
         sampler: Sampler | None = None,
+        clock: Callable[[], float] = perf_counter,
     ) -> None:
         assert limits.num_pages * PAGE_TOKENS >= limits.context, "a context must fit the pages"
         self.model = model
@@ -127,7 +129,7 @@ class Engine:
         self.meter = DraftMeter(limits.draft_tokens if model.drafts else 0)
         self._depth_policy = depth_policy
         self._grammars = grammars
-        self._drafter = Drafter(self.chooser, grammars, self.meter)
+        self._drafter = Drafter(self.chooser, grammars, self.meter, clock)
         self._parked: dict[str, Sequence] = {}  # not in the queue until `unpark`
         self._compiling: dict[str, Sequence] = {}  # not in the queue until their grammar is there
         self._waiting: dict[str, Sequence] = {}
@@ -135,7 +137,7 @@ class Engine:
         self._arrivals = 0
         self.steps = 0
         self.preemptions = 0
-        self._clock = StepClock()
+        self._clock, self._now = StepClock(), clock
         self._ended: float | None = None  # when the last step did, if it left anything running
 
     # ---- requests in ----
@@ -274,7 +276,7 @@ class Engine:
         all_rows = sum(count for _, count in plan.rows)
         self._clock.decode_rows += decode_rows
         self._clock.prompt_rows += all_rows - decode_rows
-        began = self._ended or perf_counter()  # what lies between steps is a cost of each, too
+        began = self._ended or self._now()  # what lies between steps is a cost of each, too
         try:
             deltas += self._forward(plan.rows)
         except Exception:
@@ -289,7 +291,7 @@ class Engine:
         if not self.meter.most:
             return deltas  # nobody asks how long it took
         if decode_rows == all_rows > 0:
-            self.meter.step_took(all_rows, perf_counter() - began)
+            self.meter.step_took(all_rows, self._now() - began)
         self._clock.enter("draft" if all_rows else IDLE)
         try:
             stepped = [s for s, _ in plan.rows]
@@ -298,7 +300,7 @@ class Engine:
             log.exception("no drafts in step %d", self.steps)
             for sequence, _ in plan.rows:
                 sequence.forget_drafts()
-        self._ended = perf_counter() if self._running else None
+        self._ended = self._now() if self._running else None
         return deltas
 
     def _take_compiled(self) -> list[Delta]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 HOLD = 4  # steps for which a choice holds, unless the batch changes
 TRY_AGAIN = 500  # steps after which an unused depth is tried
-MARGIN = 1.03  # by which more drafts must be predicted to be faster
+MARGIN = 1.08  # by which more drafts must be predicted to be faster: some of their cost is not seen
 MEMORY = 256  # drafts that an acceptance is about
 LONGER, SHORTER = 0.1, 0.5  # weights of a new measurement of time: what took long was interrupted
 PAUSE = 1.25  # more than so many times what is known counts as that many
@@ -103,7 +103,7 @@ class DraftMeter:
         self._successes = [1.0] * most
         self._step_s: dict[int, float] = {}
         self._draft_s: dict[int, float] = {}
-        self._unused = [0] * (most + 1)
+        self._unused = [TRY_AGAIN] * (most + 1)  # try each at the start
         self._held, self._batch = 0, 0
 
     @property

@@ -18,7 +18,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rayseek.cluster.crew import SILENT_S, last_line
+from rayseek.cluster.crew import last_line
 from rayseek.cluster.logs import start_logging
 from rayseek.cluster.rank import ExpertRank, Started
 from rayseek.cluster.spec import RankSpec
@@ -29,6 +29,7 @@ log = logging.getLogger("rayseek.experts")
 
 LOOK_S = 0.5
 ATTACH_S = 5.0  # for the unit to take the rank in
+HUNG_S = 30.0  # for the rank to answer; if a unit has it, that one's leader is quicker to notice
 LEAVE_S = 25.0  # less than what Serve grants a replica that stops
 BUNDLE = 0
 
@@ -93,7 +94,7 @@ class Experts:
 
         Raises TimeoutError if the rank hangs.
         """
-        async with asyncio.timeout(SILENT_S):
+        async with asyncio.timeout(HUNG_S):
             if await actor.works_for.remote() is not None:
                 return
         wants = [

@@ -21,6 +21,7 @@ from rayseek.cluster.scaling_settings import AutoscalingSettings, Range
 
 MARGIN = 0.15  # of the demand: a unit goes only if those that stay have this much room
 BALANCED = 1.2  # an imbalance above this is for the balancer to mend, not for more ranks
+CROWD = 0.1  # of those that run: fewer waiting only wait for the next step
 GRAIN_S = 1.0  # demands closer than this are one sample
 
 
@@ -56,7 +57,7 @@ def prefill_demand(units: Sequence[UnitStats], aims: AutoscalingSettings) -> flo
 
 
 def decode_demand(units: Sequence[UnitStats], aims: AutoscalingSettings) -> float:
-    """Units whose pages are `kv_used` full, whose steps take `inter_token_s`, where none waits.
+    """Units whose pages are `kv_used` full, whose steps take `inter_token_s`, where few wait.
 
     A step is taken to shrink as its batch does: too much to hope for when steps are mostly fixed
     cost, so an aim that a lone sequence misses leads to as many units as are allowed.
@@ -64,7 +65,8 @@ def decode_demand(units: Sequence[UnitStats], aims: AutoscalingSettings) -> floa
     pages = sum(u.kv_used for u in units) / aims.kv_used
     steps = sum(u.step_s for u in units if u.running) / aims.inter_token_s
     running, waiting = sum(u.running for u in units), sum(u.waiting for u in units)
-    crowd = len(units) * (running + waiting) / running if waiting and running else 0.0
+    crowded = waiting > CROWD * running > 0
+    crowd = len(units) * (running + waiting) / running if crowded else 0.0
     return max(pages, steps, crowd)
 
 

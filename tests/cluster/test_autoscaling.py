@@ -152,6 +152,8 @@ def test_demands() -> None:
     assert decode_demand([replace(unit, step_s=0.1)] * 2, AIMS) == pytest.approx(4)
     assert decode_demand([replace(unit, kv_used=0.9)] * 5, AIMS) == pytest.approx(6)
     assert decode_demand([replace(unit, waiting=8, kv_used=0)] * 2, AIMS) == pytest.approx(4)
+    busy = replace(unit, waiting=0.5, kv_used=0, step_s=0)
+    assert decode_demand([busy] * 2, AIMS) == 0, "one that waits for the next step is no crowd"
     assert decode_demand([UnitStats()], AIMS) == 0
     experts = UnitStats(experts=4, expert_busy=0.6)
     assert expert_demand([experts], AIMS) == pytest.approx(4)

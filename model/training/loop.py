@@ -83,7 +83,9 @@ class Run:
         for _ in range(schedule.batches // self.exchange.workers):
             batch = self.stream.take(self.exchange.rank, self.exchange.workers)
             mtp_weight = balance.mtp_weight[decaying]
-            add_gradients(model, batch, mtp_weight, balance.sequence_loss, sums)
+            add_gradients(
+                model, batch, mtp_weight, balance.sequence_loss, sums, balance.mtp_recycled
+            )
         for tensor in (model.gradient, sums.values, sums.count_LE):
             self.exchange.add(tensor)
         weight = float(sums.values[1])

@@ -47,6 +47,8 @@ class Balance(Section):
     bias_step: tuple[float, float] = (0.003, 0.001)
     sequence_loss: float = Field(default=1e-4, ge=0)
     mtp_weight: tuple[float, float] = (0.3, 0.1)
+    # share of the MTP module's rows that learn to go on from its own state: deeper drafts
+    mtp_recycled: float = Field(default=0.0, ge=0, le=1)
 
 
 class RunConfig(Section):

@@ -11,6 +11,7 @@ from rayseek.model.batch import Batch
 from rayseek.model.training.loss import HeadLoss
 from rayseek.model.training.packing import PackedBatch
 from rayseek.model.training.parameters import TrainedModel
+from rayseek.model.training.train_ops import Loads, Rows
 
 
 @dataclass(slots=True)
@@ -30,8 +31,12 @@ class Sums:
         return Sums(torch.zeros(6, dtype=torch.float64), torch.zeros(layers, experts).double())
 
 
-def states(model: TrainedModel, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """Normed states [T, D] of the main model and of the MTP module, as the head takes them."""
+def states(model: TrainedModel, batch: PackedBatch, recycled: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Normed states [T, D] of the main model and of the MTP module, as the head takes them.
+
+    recycled: share of the module's rows that are given its own state of the row before instead of
+    the main model's state, as when it drafts further than one token ahead.
+    """
     device = model.device
     position = torch.from_numpy(batch.position).int().to(device)
     model.ops.begin(batch.row_tokens, position)
@@ -43,14 +48,32 @@ def states(model: TrainedModel, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     )
     hidden_TD = model.main.hidden(first, rows[:-1])  # type: ignore[arg-type]
     hidden_TD = model.ops.rms_norm(hidden_TD, model.main.final_norm)
-    return hidden_TD, model.mtp.states(second, hidden_TD, rows[-1])  # type: ignore[arg-type]
+    given_TD = hidden_TD
+    if recycled:
+        counted, model.ops.loads = model.ops.loads, Loads()
+        with torch.no_grad():
+            own_TD = model.mtp.states(second, hidden_TD.detach(), Rows())  # type: ignore[arg-type]
+        model.ops.loads = counted
+        # Which rows is a function of the text, so that a run that goes on does as one that went on.
+        mixed_T = (batch.next_ids * 40503 + batch.position * 31337) * 2654435761 >> 16
+        chosen_T = torch.from_numpy((mixed_T % 1024 < recycled * 1024) & (batch.position > 0))
+        given_TD = torch.where(chosen_T.to(device)[:, None], own_TD.roll(1, 0), hidden_TD)
+    return hidden_TD, model.mtp.states(second, given_TD, rows[-1])  # type: ignore[arg-type]
 
 
 def add_gradients(
-    model: TrainedModel, batch: PackedBatch, mtp_weight: float, balance_weight: float, sums: Sums
+    model: TrainedModel,
+    batch: PackedBatch,
+    mtp_weight: float,
+    balance_weight: float,
+    sums: Sums,
+    recycled: float = 0.0,
 ) -> None:
-    """Add the gradient of the batch's summed loss to model.gradient, and the rest to `sums`."""
-    main_TD, mtp_TD = states(model, batch)
+    """Add the gradient of the batch's summed loss to model.gradient, and the rest to `sums`.
+
+    recycled: see `states`.
+    """
+    main_TD, mtp_TD = states(model, batch, recycled)
     weights, targets = (
         [torch.from_numpy(array).to(model.device) for array in pair]
         for pair in ((batch.next_weight, batch.after_weight), (batch.next_ids, batch.after_ids))

@@ -242,3 +242,28 @@ def test_head_loss_against_autograd() -> None:
     for a, b in zip(ours, plain, strict=True):
         assert a.grad is not None and b.grad is not None
         close(a.grad, b.grad)
+
+
+def test_recycled_states_stay_within_a_document(
+    path: Path, packed: PackedBatch, documents: list[list[int]]
+) -> None:
+    """The module's rows that go on from its own states: never a document's first, and none of
+    another document's; the main model sees nothing of it."""
+    model = trained(path, torch.float32)
+    main_TD, plain_TD = (t.detach() for t in states(model, packed))
+    same_TD, recycled_TD = (t.detach() for t in states(model, packed, recycled=0.5))
+    close(same_TD, main_TD)
+    changed_T = errors(recycled_TD, plain_TD) > 1e-4
+    first_T = torch.from_numpy(packed.position == 0)
+    assert not changed_T[first_T].any() and changed_T.any()
+    at = 0
+    for row in ROWS:
+        for number in row:
+            ids = documents[number]
+            starts = np.array([0, len(ids)])
+            alone = Shard(np.array(ids, np.uint16), np.full(len(ids), 255, np.uint8), starts)
+            _, theirs_TD = states(model, lay_out(alone, [[0]], ROW), recycled=0.5)
+            length = len(ids) - 2  # of rows that learn: each looks two tokens ahead
+            close(recycled_TD[at : at + length], theirs_TD[:length], str(number))
+            at += len(ids)
+        at = -(-at // ROW) * ROW

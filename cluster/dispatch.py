@@ -36,6 +36,7 @@ Count = TypeVar("Count", int, "NDArray[np.int64]")  # of one rank, or of many
 
 ANSWER_S = 1.0  # discovery gives new ranks so long to answer; the next round sees later ones
 CONTINUATION_RETRY_S = 0.2
+MOVED_PATIENCE_S = 1800.0  # the successor of a whole unit loads 671B first
 MAX_DEATHS = 3  # a request that was on board this many dying ranks is not given to another
 MOVES_KEPT = 1000  # of those that `moved_lately` tells of
 CHANNEL_OPTIONS = [
@@ -85,12 +86,13 @@ class RankLost(Exception):
 
 @dataclass(slots=True)
 class JournalEntry:
-    """What has been delivered of a request, and how often it had to move."""
+    """What has been delivered of a request, and how often it had to move elsewhere."""
 
     request: Request
     emitted: list[int] = field(default_factory=list)
     cached_tokens: int | None = None
-    deaths: int = 0
+    moves: int = 0  # times that it lost its rank
+    deaths: int = 0  # of these, ranks that died; others had said that they stop
 
     def continuation(self) -> Request:
         """The request as the next rank must see it."""
@@ -208,14 +210,19 @@ class Naming:
 class Dispatcher:
     """`generate` over all ranks that `discover` knows of.
 
-    patience_s: how long a request waits for a rank to come (back) before it is refused.
+    patience_s: how long a request waits for a rank to come before it is refused. One that has begun
+    waits for MOVED_PATIENCE_S: its client would rather have the rest late than not at all.
     """
 
     def __init__(
-        self, discover: Discover, patience_s: float = 120.0, refresh_s: float = 2.0
+        self,
+        discover: Discover,
+        patience_s: float = 120.0,
+        refresh_s: float = 2.0,
+        moved_patience_s: float = MOVED_PATIENCE_S,
     ) -> None:
         self._discover = discover
-        self._patience_s = patience_s
+        self._patience_s, self._moved_patience_s = patience_s, moved_patience_s
         self._refresh_s = refresh_s
         self._channels: dict[str, RankChannel] = {}
         self._wanted = asyncio.Event()
@@ -250,13 +257,15 @@ class Dispatcher:
         entry = JournalEntry(request)
         refused_by: set[str] = set()
         while True:
-            channel = await self._choose(refused_by)
+            patience = self._moved_patience_s if entry.moves else self._patience_s
+            channel = await self._choose(refused_by, patience)
             try:
                 async with contextlib.aclosing(self._on_rank(channel, entry)) as deltas:
                     async for delta in deltas:
                         yield delta
                 return
             except RankLost:
+                entry.moves += 1
                 entry.deaths += not channel.retired
                 self.moved += 1
                 self._moves.append((time.monotonic(), request.id))
@@ -277,9 +286,9 @@ class Dispatcher:
                 others = [c for c in self._alive() if c.address.name not in refused_by]
                 if others and refusal.retryable:
                     continue
-                if not (refusal.retryable and entry.deaths):
+                if not (refusal.retryable and entry.moves):
                     raise
-                # It was running when its rank died: a full queue elsewhere is a reason to wait
+                # It was running when it lost its rank: a full queue elsewhere is a reason to wait
                 # for a place, not to break off an answer that has begun.
                 refused_by.clear()
                 await asyncio.sleep(CONTINUATION_RETRY_S)
@@ -332,9 +341,9 @@ class Dispatcher:
             default=None,
         )
 
-    async def _choose(self, refused_by: set[str]) -> RankChannel:
+    async def _choose(self, refused_by: set[str], patience_s: float) -> RankChannel:
         """The least loaded live rank; waits for one if there is none."""
-        deadline = time.monotonic() + self._patience_s
+        deadline = time.monotonic() + patience_s
         while True:
             alive = self._alive()
             willing = [c for c in alive if c.address.name not in refused_by] or alive
@@ -346,7 +355,7 @@ class Dispatcher:
                     await self._changed.wait()
             except TimeoutError:
                 raise RequestRefused(
-                    f"no rank is up, and none came within {self._patience_s:.0f} s; see the "
+                    f"no rank is up, and none came within {patience_s:.0f} s; see the "
                     "Serve page of the dashboard for the unit's state",
                     retry_after_s=5.0,
                 ) from None

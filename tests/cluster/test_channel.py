@@ -377,6 +377,26 @@ async def test_no_rank_at_all_is_said_after_patience(make_engine: EngineMaker) -
     await cluster.dispatcher.close()
 
 
+async def test_a_request_that_has_begun_has_more_patience(
+    cluster: Cluster, make_engine: EngineMaker
+) -> None:
+    (request,) = wanted(1)
+    expected = undisturbed(make_engine, [request])
+    await cluster.dispatcher.close()
+    cluster.dispatcher = Dispatcher(cluster.discover, patience_s=0.3, refresh_s=0.1)
+    first = await cluster.start_rank(slow=True)
+    begun = asyncio.Event()
+    run = asyncio.create_task(cluster.tokens(request, begun.set))
+    await begun.wait()
+    await cluster.kill_rank(first)
+    await asyncio.sleep(1.0)
+    with pytest.raises(RequestRefused, match="no rank is up"):
+        await cluster.tokens(replace(request, id="new"))
+    await cluster.start_rank()
+    tokens, _ = await run
+    assert [t.id for t in tokens] == [t.id for t in expected[request.id]]
+
+
 def test_journal_keeps_what_was_delivered_and_the_first_cache_count() -> None:
     request = wanted(1)[0]
     entry = JournalEntry(request)

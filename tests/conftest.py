@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,8 @@ from rayseek.model.mtp import MTPModule
 from rayseek.model.transformer import Transformer
 from rayseek.model.vocabulary import undefined_ids
 
+# For tests/kernels/hopper. Triton reads it once, and torch.compile imports Triton wherever it is used.
+os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
 settings.register_profile("long", max_examples=2000)  # pytest --hypothesis-profile long
 

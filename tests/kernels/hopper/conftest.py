@@ -7,17 +7,12 @@ operations and dot products on these types are replaced by torch's; sums in them
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
-assert "triton" not in sys.modules, "triton reads TRITON_INTERPRET when it is imported"
-os.environ["TRITON_INTERPRET"] = "1"
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import triton.language as tl  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
 
 TORCH = {
     tl.bfloat16: torch.bfloat16, tl.float16: torch.float16, tl.float32: torch.float32,

@@ -28,7 +28,7 @@ from rayseek.model.mtp import MTPModule
 from rayseek.model.transformer import Transformer
 from rayseek.model.vocabulary import undefined_ids
 
-# For tests/kernels/hopper. Triton reads it once, and torch.compile imports Triton wherever it is used.
+# For tests/kernels/hopper: Triton reads it when it is imported, which torch.compile does as well.
 os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
 settings.register_profile("long", max_examples=2000)  # pytest --hypothesis-profile long

@@ -29,7 +29,12 @@ from rayseek.serve_app.changes import ServeApi
 from rayseek.serve_app.chaos import Endpoint, prompts
 from rayseek.serve_app.local import free_port, serve_environment
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(3000)]
+pytestmark = [
+    # Ray's own, when its fake provider is imported
+    pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20"),
+    pytest.mark.ray,
+    pytest.mark.timeout(3000),
+]
 HEAD = "f" * 51 + "00000"
 KEY = "sk-scale"
 STREAMS = 12

@@ -33,8 +33,10 @@ class Job:
     cached: of the known ones, whole pages of which are there already. owner: whose it is.
     """
 
-    __slots__ = ("began", "cached", "computed", "date", "ends", "key", "known", "left", "number", "owner",
-                 "pages", "rank", "rows")  # fmt: skip
+    __slots__ = (
+        "began", "cached", "computed", "date", "ends", "key", "known", "left", "number", "owner",
+        "pages", "rank", "rows",
+    )  # fmt: skip
 
     def __init__(self, number: int, known: int, left: int, cached: int, owner: Any) -> None:
         self.number, self.key, self.owner = number, str(number), owner

@@ -251,11 +251,11 @@ def make(random: Random, language: Language) -> Chat:
     roll = random.random()
     if roll < 0.12:
         return _not_needed(random, language)
-    if roll < 0.22:
+    if roll < 0.30:
         return _missing(random, language)
-    if roll < 0.28:
+    if roll < 0.36:
         return _called_again(random, language)
-    return _answered(random, language) if roll < 0.52 else _called(random, language)
+    return _answered(random, language) if roll < 0.58 else _called(random, language)
 
 
 TASKS = (Task(_NAME, make, weight=9),)

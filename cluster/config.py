@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal, Self, TypeAlias
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from rayseek.cluster.cell import KubernetesSettings, Section
-from rayseek.cluster.scaling_settings import AutoscalingSettings
+from rayseek.cluster.scaling_settings import AutoscalingSettings, TimeZone
 from rayseek.kernels.kv_format import KVDtype
 
 Role: TypeAlias = Literal["prefill", "decode"]
@@ -153,16 +152,7 @@ class ApiSettings(Section):
     keep_alive_s: float = Field(default=10, gt=0)  # a comment line in streams that wait
     ready_window_s: float = Field(default=30, gt=0)  # /ready: a token within this, or a probe
     default_system_prompt: str = "none"  # without one of the caller's: none, deepseek, or a text
-    time_zone: str = "Asia/Shanghai"  # of the date in DeepSeek's system prompt
-
-    @field_validator("time_zone")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        try:
-            ZoneInfo(name)
-        except (ZoneInfoNotFoundError, ValueError, OSError):
-            raise ValueError(f"no time zone {name!r}; names are like Asia/Shanghai") from None
-        return name
+    time_zone: TimeZone = "Asia/Shanghai"  # of the date in DeepSeek's system prompt
 
 
 class PageSettings(Section):

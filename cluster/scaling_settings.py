@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from datetime import datetime, time
-from typing import Self
+from typing import Annotated, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
+
+from rayseek.cluster.cell import Section
 
 
-class Section(BaseModel):
-    """A branch of the config: frozen, and a key that is not known is an error."""
+def _known_zone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError(f"no time zone {name!r}; names are like Asia/Shanghai") from None
+    return name
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+
+TimeZone = Annotated[str, AfterValidator(_known_zone)]
 
 
 class Range(Section):
@@ -33,18 +40,9 @@ class Night(Section):
 
     begins: time
     ends: time
-    time_zone: str = "Asia/Shanghai"
+    time_zone: TimeZone = "Asia/Shanghai"
     prefill: Range | None = None
     decode: Range | None = None
-
-    @field_validator("time_zone")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        try:
-            ZoneInfo(name)
-        except (ZoneInfoNotFoundError, ValueError, OSError):
-            raise ValueError(f"no time zone {name!r}; names are like Asia/Shanghai") from None
-        return name
 
     def covers(self, moment: datetime) -> bool:
         clock = moment.astimezone(ZoneInfo(self.time_zone)).time()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -36,6 +37,7 @@ pytestmark = [
     pytest.mark.timeout(3000),
 ]
 HEAD = "f" * 51 + "00000"
+HEAD_TYPE = "ray.head.default"  # what the fake provider calls it
 KEY = "sk-scale"
 STREAMS = 12
 PATIENCE_S = 900.0
@@ -125,13 +127,14 @@ def started(config: Config, tmp_path: Path) -> Iterator[tuple[str, str]]:
                "node_config": {}, "min_workers": 0, "max_workers": 3}
         for role in ("prefill", "decode")
     }  # fmt: skip
-    types["head"] = {"resources": {"CPU": 2}, "labels": {"role": "ingress"}, "node_config": {},
+    types[HEAD_TYPE] = {"resources": {"CPU": 2}, "labels": {"role": "ingress"}, "node_config": {},
                      "max_workers": 0}  # fmt: skip
     made = {
         "cluster_name": "rayseek", "max_workers": 6, "idle_timeout_minutes": 0.1,
-        "available_node_types": types, "head_node_type": "head",
+        "available_node_types": types, "head_node_type": HEAD_TYPE,
         "provider": {
             "type": "external", "launch_multiple": True, "head_node_id": HEAD,
+            "disable_node_updaters": True,  # nothing has to be installed
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "gcs_address": f"{host}:{gcs}",
         },
@@ -147,7 +150,7 @@ def started(config: Config, tmp_path: Path) -> Iterator[tuple[str, str]]:
          f"--autoscaling-config={tmp_path / 'autoscaler.json'}", f"--temp-dir={folder}/ray",
          f"--port={gcs}", f"--dashboard-port={dashboard}", f"--node-ip-address={host}",
          "--num-cpus=2", "--object-store-memory=100000000", "--labels=role=ingress",
-         "--dashboard-agent-listen-port=0", "--ray-client-server-port=0"],
+         "--dashboard-agent-listen-port=0", f"--ray-client-server-port={free_port()}"],
         env={**os.environ, **environment, "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1",
              "RAY_CLOUD_INSTANCE_ID": HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD,
              "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
@@ -162,6 +165,7 @@ def started(config: Config, tmp_path: Path) -> Iterator[tuple[str, str]]:
             with contextlib.suppress(psutil.Error):
                 one.kill()
         process.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_units_and_their_nodes_follow_the_load(cluster: Cluster) -> None:

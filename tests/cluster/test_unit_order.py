@@ -272,35 +272,41 @@ async def test_anothers_failure_costs_a_repetition(tiny_path: Path) -> None:
 
 
 async def test_a_request_that_breaks_passes_ends_alone(tiny_path: Path) -> None:
-    """Its rows fail wherever their experts are. The others, of both ranks, get their tokens."""
+    """Its rows fail in one rank's experts. One such request lies there, one on the other rank; the
+    others, of both ranks, get their tokens."""
     async with unit(tiny_path, attention=2) as company:
+        loader = company.ranks[0]._expert_loader
+        assert loader is not None and loader._slots is not None
+        compute = loader._slots.compute
+
+        def failing(layer: int, x_RD: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+            if x_RD.isnan().any():
+                raise ValueError("a row that cannot be computed")
+            return compute(layer, x_RD, *rest)
+
+        loader._slots.compute = failing  # type: ignore[method-assign]
         for rank in company.ranks:
-            loader = rank._expert_loader
-            assert loader is not None and loader._slots is not None
-            compute = loader._slots.compute
-
-            def failing(
-                layer: int, x_RD: torch.Tensor, *rest: torch.Tensor, compute: Any = compute
-            ) -> torch.Tensor:
-                if x_RD.isnan().any():
-                    raise ValueError("a row that cannot be computed")
-                result: torch.Tensor = compute(layer, x_RD, *rest)
-                return result
-
-            loader._slots.compute = failing  # type: ignore[method-assign]
             model = rank.engine.model._model.transformer  # type: ignore[attr-defined]
             model.embed_VD[1900] = torch.nan
+        ended: list[str] = []
         async with dispatcher(company) as ranks:
             async with asyncio.timeout(10):
                 while len(ranks._alive()) < 2:
                     await asyncio.sleep(0.01)
-            short = replace(LONG.sampling, max_tokens=30)
-            asked = [replace(LONG, id=f"r{i}", sampling=short) for i in range(5)]
-            asked.insert(2, replace(LONG, id="poison", prompt_ids=(5, 1900, 6)))
-            ends = await asyncio.gather(*(end_of(ranks, r) for r in asked))
-        finish, error = ends.pop(2)
-        assert finish is FinishReason.ERROR and "a row that cannot be computed" in (error or "")
-        assert set(ends) == {(FinishReason.LENGTH, None)}
+
+            async def ask(request: Request) -> tuple[FinishReason | None, str | None]:
+                end = await end_of(ranks, request)
+                ended.append(request.id)
+                return end
+
+            some = replace(LONG.sampling, max_tokens=120)
+            asked = [replace(LONG, id=f"r{i}", sampling=some) for i in range(5)]
+            poison = [replace(LONG, id=name, prompt_ids=(5, 1900, 6)) for name in ("p0", "p1")]
+            ends = await asyncio.gather(*(ask(r) for r in [*poison, *asked]))
+        for finish, error in ends[:2]:
+            assert finish is FinishReason.ERROR and "a row that cannot be computed" in str(error)
+        assert {*ended[:2]} == {"p0", "p1"}, "they do not last as long as there are others"
+        assert set(ends[2:]) == {(FinishReason.LENGTH, None)}
         assert (await company.status()).deaths == 0
 
 

@@ -22,6 +22,7 @@ from rayseek.cluster.build import engine_limits
 from rayseek.cluster.dispatch import Dispatcher
 from rayseek.cluster.engine import Engine, run_to_end
 from rayseek.cluster.request import Request, SamplingParams
+from rayseek.kernels.kv_format import KVDtype
 from rayseek.model.config import ModelConfig
 from tests.cluster.company import (
     SETTINGS,
@@ -174,6 +175,7 @@ class Case:
     split: bool
     warm: bool
     grammars: bool
+    kv_dtype: KVDtype
     trouble: str
 
     @staticmethod
@@ -199,6 +201,7 @@ class Case:
             split=split,
             warm=pick([False, True]),
             grammars=pick([False, True]),
+            kv_dtype=pick(["auto", "fp8"]),
             trouble=pick(troubles),
         )
 
@@ -246,7 +249,7 @@ async def test_the_tokens_depend_on_nothing_but_the_request(
     random = Random(number)
     case = Case.random(random)
     requests = some_requests(random, 40 if case.max_batch > 8 else 24, case.grammars)
-    expected = one_at_a_time(make_engine, requests)
+    expected = one_at_a_time(partial(make_engine, kv_dtype=case.kv_dtype), requests)
     async with contextlib.AsyncExitStack() as stack:
         company, prefill = await arranged(stack, tiny_path, case)
         to = await stack.enter_async_context(dispatcher(company, prefill))
@@ -296,7 +299,7 @@ async def arranged(
     settings = CALM.model_copy(
         update={
             "max_batch": case.max_batch, "chunk_tokens": case.chunk, "step_tokens": case.step,
-            "draft_tokens": 2 if case.drafts is None else case.drafts,
+            "draft_tokens": 2 if case.drafts is None else case.drafts, "kv_dtype": case.kv_dtype,
         }
     )  # fmt: skip
     of_a_page = settings.cache_gib / engine_limits(config, settings).num_pages

@@ -1,9 +1,10 @@
 """How many units and expert ranks the load needs. Pure functions, and Serve's policy around them.
 
 Demand is a number of units, with a fraction: what the units do now, over what one of them should
-do. `Steady` turns demands into decisions: up when more was wanted all through the last `up_s`,
-down by one when less was enough all through the last `down_s`, and then not again before the one
-that went has drained. Ingress replicas are fixed: their proxies reload when they change.
+do. `Steady` turns demands into decisions: up when more was expected all through the last `up_s`,
+by how demand grows and how long units take to start; down by one when less was enough all through
+the last `down_s`, and then not again before the one that went has drained. Ingress replicas are
+fixed: their proxies reload when they change.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ MARGIN = 0.15  # of the demand: a unit goes only if those that stay have this mu
 BALANCED = 1.2  # an imbalance above this is for the balancer to mend, not for more ranks
 CROWD = 0.1  # of those that run: fewer waiting only wait for the next step
 GRAIN_S = 1.0  # demands closer than this are one sample
+START_S = 60.0  # that a unit takes to start, until one has been seen to
+TREND_S = 60.0  # for so long, at least, it is looked back to see how demand grows
+FEWEST = 6  # samples that tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,44 +87,78 @@ def expert_demand(units: Sequence[UnitStats], aims: AutoscalingSettings) -> floa
 
 @dataclass(frozen=True, slots=True)
 class Steady:
-    """Demands lately, oldest first, as (time, units wanted, units that would be enough)."""
+    """Demands lately, oldest first, as (time, demand, what it is expected to become), and how long
+    units take to start."""
 
-    samples: tuple[tuple[float, int, int], ...] = ()
+    samples: tuple[tuple[float, float, float], ...] = ()
     began: float = math.inf
     went: float = -math.inf  # when one was let go
+    asked: tuple[float, int] | None = None  # when one was that has not come, and beside how many
+    start_s: float = START_S
 
     def decide(
-        self, now: float, demand: float, have: int, bounds: Range, aims: AutoscalingSettings
+        self,
+        now: float,
+        demand: float,
+        have: int,
+        serving: int,
+        bounds: Range,
+        aims: AutoscalingSettings,
     ) -> tuple[int, Steady]:
-        """How many there should be, and the state to decide with next time."""
-        want, enough = math.ceil(demand - 1e-9), math.ceil(demand * (1 + MARGIN) - 1e-9)
-        samples = self.samples
+        """How many there should be, and the state to decide with next time.
+
+        have: that are wanted so far; serving: that answer.
+        """
+        asked, start_s = self.asked, self.start_s
+        if asked is not None and serving > asked[1]:
+            start_s, asked = now - asked[0], None
+        ahead = aims.up_s + start_s
+        back = max(ahead, TREND_S)
+        samples = tuple(s for s in self.samples if s[0] >= now - max(back, aims.down_s))
+        more = ahead * growth([*samples, (now, demand)], now - back)
+        expected = min(demand + more, 2 * demand)
+        sample = now, demand, expected
         if samples and now - samples[-1][0] < GRAIN_S:
-            at, least, most = samples[-1]
-            samples = (*samples[:-1], (at, min(least, want), max(most, enough)))
-        else:
-            samples = (*samples, (now, want, enough))
-        keep = now - max(aims.up_s, aims.down_s)
+            at, highest, lowest = samples[-1]
+            sample = at, max(demand, highest), min(expected, lowest)
+            samples = samples[:-1]
+        samples = (*samples, sample)
         after = replace(
-            self, samples=tuple(s for s in samples if s[0] >= keep), began=min(self.began, now)
+            self, samples=samples, began=min(self.began, now), asked=asked, start_s=start_s
         )
         count = have
         if now - after.began >= aims.up_s:
-            count = max(count, min(s[1] for s in _since(samples, now - aims.up_s)))
+            lately = _since(samples, now - aims.up_s)
+            count = max(count, math.ceil(min(s[2] for s in lately) - 1e-9))
         if count == have and now - after.began >= aims.down_s:
-            enough = max(s[2] for s in _since(samples, now - aims.down_s))
+            lately = _since(samples, now - aims.down_s)
+            enough = math.ceil(max(s[1] for s in lately) * (1 + MARGIN) - 1e-9)
             if enough < have and now - self.went >= aims.drain_s:
                 count, after = have - 1, replace(after, went=now)
         if count > bounds.most:  # at nightfall: one after the other as well
             count = max(bounds.most, have)
             if have > bounds.most and now - self.went >= aims.drain_s:
                 count, after = have - 1, replace(after, went=now)
-        return max(bounds.least, count), after
+        count = max(bounds.least, count)
+        if count < have or (count > have and asked is None):
+            after = replace(after, asked=(now, have) if count > have else None)
+        return count, after
+
+
+def growth(samples: Sequence[tuple[float, ...]], begin: float) -> float:
+    """Units a second by which demand grew since then, as the straight line through the samples
+    says; 0 if it did not, or if there are too few to tell."""
+    lately = [s for s in samples if s[0] >= begin]
+    if len(lately) < FEWEST:
+        return 0.0
+    middle = sum(s[0] for s in lately) / len(lately)
+    spread = sum((s[0] - middle) ** 2 for s in lately)
+    return max(0.0, sum((s[0] - middle) * s[1] for s in lately) / spread)
 
 
 def _since(
-    samples: tuple[tuple[float, int, int], ...], begin: float
-) -> Sequence[tuple[float, int, int]]:
+    samples: tuple[tuple[float, float, float], ...], begin: float
+) -> Sequence[tuple[float, float, float]]:
     """Those that are not older, and the last one in any case."""
     return [s for s in samples if s[0] >= begin] or samples[-1:]
 
@@ -171,7 +209,9 @@ class Policy:
             demand_of = prefill_demand if role == "prefill" else decode_demand
             # Those that do not answer yet count as they are wanted: they are on their way.
             demand = demand_of(seen, self._aims) if seen else float(have[name])
-            units[role] = found[name] = self._settled(name, now, demand, have[name], bounds)
+            units[role] = found[name] = self._settled(
+                name, now, demand, have[name], len(seen), bounds
+            )
         if "Experts" in have:
             found["Experts"] = sum(
                 units.get(role, 0)
@@ -188,11 +228,13 @@ class Policy:
         seen = [u for u in stats.get("Decode", ()) if u.experts]
         have = round(max((u.experts for u in seen), default=fixed)) - self._spares.get(role, 0)
         demand = expert_demand(seen, self._aims) if seen else float(have)
-        return self._settled("experts", now, demand, max(1, have), bounds)
+        return self._settled("experts", now, demand, max(1, have), have, bounds)
 
-    def _settled(self, name: str, now: float, demand: float, have: int, bounds: Range) -> int:
+    def _settled(
+        self, name: str, now: float, demand: float, have: int, serving: int, bounds: Range
+    ) -> int:
         steady = self._steady.get(name, Steady())
-        count, self._steady[name] = steady.decide(now, demand, have, bounds, self._aims)
+        count, self._steady[name] = steady.decide(now, demand, have, serving, bounds, self._aims)
         return count
 
 

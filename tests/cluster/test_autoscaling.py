@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -133,13 +133,40 @@ def test_decisions_hold_to_the_bounds(
     for wait, demand in demands:
         now += wait
         asked.append(demand)
-        count, steady = steady.decide(now, demand, have, bounds, aims)
+        count, steady = steady.decide(now, demand, have, have, bounds, aims)
         assert bounds.least <= count <= bounds.most
-        assert count <= max(have, math.ceil(max(asked))), "no more than somebody wanted"
+        growing = any(b > a for a, b in zip(asked, asked[1:], strict=False))
+        limit = math.ceil(max(asked) * (2 if growing else 1))
+        assert count <= max(have, limit), "no more than somebody wanted, or may come to"
         if count < have:
             assert count == have - 1 and now - went >= aims.drain_s
             went = now
         have = count
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.floats(0, 0.04), st.floats(0.5, 6), st.floats(0, 60), st.floats(5, 200),
+    st.sampled_from([0.7, 5.0]),
+)  # fmt: skip
+def test_units_are_there_before_a_steady_growth_needs_them(
+    slope: float, first: float, up_s: float, start_s: float, look_s: float
+) -> None:
+    """Whatever the wait and the start, as long as demand does not double meanwhile. And not many
+    more than that."""
+    aims = AutoscalingSettings(up_s=up_s)
+    bounds, steady = Range(least=1, most=99), Steady(start_s=start_s)
+    units = [0.0] * math.ceil(first)  # when each serves
+    for look in range(int(1200 / look_s)):
+        now = look * look_s
+        demand = first + slope * max(0, now - 300)
+        serving = sum(at <= now for at in units)
+        ahead = slope * (up_s + start_s)
+        if now > 300 + 2 * max(60, up_s + start_s) and ahead < demand:
+            assert serving >= demand - slope * 10, "two looks late at most"
+        count, steady = steady.decide(now, demand, len(units), serving, bounds, aims)
+        assert count <= max(len(units), math.ceil(demand + ahead + slope * 10 + 1e-6))
+        units += [now + start_s] * (count - len(units))
 
 
 def test_demands() -> None:

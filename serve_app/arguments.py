@@ -12,6 +12,7 @@ from typing import TypeVar
 from rayseek.cluster.config import shipped_configs
 
 N = TypeVar("N", int, float)
+T = TypeVar("T")
 
 
 def _number(
@@ -27,6 +28,15 @@ def _number(
         if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"{text} is not {what}")
         return value
+
+    return parse
+
+
+def _several(of: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """A type of argparse: values with commas between."""
+
+    def parse(text: str) -> list[T]:
+        return [of(part.strip()) for part in text.split(",") if part.strip()]
 
     return parse
 
@@ -110,8 +120,12 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--url", help="measure this running server only, as http://host:port")
     bench.add_argument("--key", default=os.environ.get("OPENAI_API_KEY", ""), help="its API key")
     bench.add_argument("--name", help="model name to ask for; default: the server's first")
-    bench.add_argument("--streams", default="1,8,32", help="numbers of concurrent streams")
-    bench.add_argument("--prompt", default="32", help="prompt lengths in tokens")
+    bench.add_argument(
+        "--streams", type=_several(_COUNT), default="1,8,32", help="numbers of concurrent streams"
+    )
+    bench.add_argument(
+        "--prompt", type=_several(_COUNT), default="32", help="prompt lengths in tokens"
+    )
     bench.add_argument("--output", type=_COUNT, default=128, help="tokens of each answer")
     bench.add_argument(
         "--threads", type=_COUNT, help="engine.threads; default: the config's default"
@@ -198,7 +212,10 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
         "--fit", type=Path, metavar="BENCH.json", help="a CPU engine's step times, from a bench"
     )
     plan.add_argument(
-        "--hold-out", default="1,8,32", help="streams that are predicted, not fitted to (1,8,32)"
+        "--hold-out",
+        type=_several(_COUNT),
+        default="1,8,32",
+        help="streams that are predicted, not fitted to (1,8,32)",
     )
 
 
@@ -318,7 +335,13 @@ def _add_chaos(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prompts", type=_COUNT, default=24, help="different ones (default 24)")
     command.add_argument("--kills", type=_WHOLE, default=60, help="default 60")
     command.add_argument("--every", type=_FROM_0, default=3, help="seconds between kills, at least")
-    command.add_argument("--kinds", default="rank,expert,leader,expert leader", metavar="K,...")
+    command.add_argument(
+        "--kinds",
+        type=_several(str),
+        default="rank,expert,leader,expert leader",
+        metavar="K,...",
+        help="also prefill leader, node, update, scale (default %(default)s)",
+    )
     command.add_argument("--stop", action="store_true", help="SIGSTOP instead of SIGKILL")
     command.add_argument("--nodes", type=_COUNT, default=1, help="Ray nodes, all on this machine")
     command.add_argument("--seed", type=int, default=0)

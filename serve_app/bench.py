@@ -225,9 +225,9 @@ def served_results(model: Path, settings: EngineSettings, points: list[Point]) -
 def run(arguments: argparse.Namespace) -> None:
     """Measure what the arguments ask for, print a table, end with the figures as JSON."""
     points = [
-        Point(int(streams), int(prompt), arguments.output)
-        for prompt in arguments.prompt.split(",")
-        for streams in arguments.streams.split(",")
+        Point(streams, prompt, arguments.output)
+        for prompt in arguments.prompt
+        for streams in arguments.streams
     ]
     from rayseek.model.maker import BENCH
     from rayseek.serve_app.start import cache_folder, made_model

@@ -40,6 +40,7 @@ VICTIMS = {  # what dies -> how Ray titles such processes
     "node": re.compile(r".*/raylet$"),
 }
 CHANGES = ("update", "scale")
+KINDS = (*VICTIMS, *CHANGES)
 CHANGE_S = 1800.0  # for a change to be over
 CALM_S = 1.0  # after every stream has moved again
 GIVE_UP_S = 180.0  # for a stream to move
@@ -180,13 +181,16 @@ def disturb(
     """
     rng, root = random.Random(arguments.seed), psutil.Process()
     number = signal.SIGSTOP if arguments.stop else signal.SIGKILL
-    kinds = arguments.kinds.split(",")
     done: list[tuple[Blow, float]] = []
+    found = time.monotonic()
     while len(done) < arguments.kills:
-        present = [kind for kind in kinds if kind in CHANGES or victims(root, kind)]
+        present = [kind for kind in arguments.kinds if kind in CHANGES or victims(root, kind)]
         if not present:
+            if time.monotonic() > found + GIVE_UP_S:
+                raise StartError(f"no process of the kinds {', '.join(arguments.kinds)} runs here")
             time.sleep(0.2)
             continue
+        found = time.monotonic()
         kind, began = rng.choice(present), time.monotonic()
         if kind in CHANGES:
             assert changes is not None
@@ -259,9 +263,15 @@ def report(watch: Watch, done: Sequence[tuple[Blow, float]], console: Console) -
 
 
 def chaos(arguments: argparse.Namespace, config: Config) -> bool:
-    """Start the config's service here, and see whether it holds."""
+    """Start the config's service here, and see whether it holds.
+
+    Raises ValueError for a kind that there is not.
+    """
+    for kind in arguments.kinds:
+        if kind not in KINDS:
+            raise ValueError(f"--kinds: {kind} is none of {', '.join(KINDS)}")
     console = Console()
-    changing = bool(set(arguments.kinds.split(",")) & set(CHANGES))
+    changing = bool(set(arguments.kinds) & set(CHANGES))
     with started(config, arguments.nodes, deployed=changing) as service:
         if service.shown_key is None:
             raise StartError("the config's keys are not known here; set api.keys")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from rich.console import Console
@@ -18,9 +19,9 @@ from rayseek.serve_app.bench_figures import Point
 SYSTEMS = ("engine, no drafts", "Rayseek over HTTP")  # of a bench; the first that it has
 
 
-def fit(path: Path, config: Config, hold_out: str) -> tuple[str, Measured, ModelConfig]:
+def fit(path: Path, config: Config, held: Collection[int]) -> tuple[str, Measured, ModelConfig]:
     """A table of predicted beside measured figures, the step times, and the model that they are of:
-    the config's, or the bench's own. hold_out: streams that are not fitted to, with commas.
+    the config's, or the bench's own. held: numbers of streams that are not fitted to.
 
     Raises ValueError for a file that is no bench, or one of too few points.
     """
@@ -29,7 +30,6 @@ def fit(path: Path, config: Config, hold_out: str) -> tuple[str, Measured, Model
         model = ModelConfig.from_pretrained(config.model.path)
     else:
         from rayseek.model.maker import BENCH as model
-    held = {int(streams) for streams in hold_out.split(",") if streams.strip()}
     times = fitted([s for s in samples if s.streams not in held], config, model)
     found = [predicted(sample, config, model, times) for sample in samples]
     return report(samples, found, held, times), times, model
@@ -65,7 +65,9 @@ def _sample(result: dict[str, float]) -> Sample:
     )  # fmt: skip
 
 
-def report(samples: list[Sample], found: list[Sample], held: set[int], times: Measured) -> str:
+def report(
+    samples: list[Sample], found: list[Sample], held: Collection[int], times: Measured
+) -> str:
     text = io.StringIO()
     console = Console(file=text, width=100, highlight=False)
     table = Table(title="Predicted, and how far that is from what was measured")

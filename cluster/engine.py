@@ -20,7 +20,7 @@ from typing import Protocol
 
 import torch
 
-from rayseek.cluster.drafting import Drafter, DraftModel
+from rayseek.cluster.drafting import Drafter, DraftModel, Stepped, learned_to
 from rayseek.cluster.grammar import GrammarCompiler
 from rayseek.cluster.next_token import TokenChooser, masks_at
 from rayseek.cluster.pages import PagePool
@@ -129,11 +129,12 @@ class Engine:
         self.meter = DraftMeter(limits.draft_tokens if model.drafts else 0)
         self._depth_policy = depth_policy
         self._grammars = grammars
-        self._drafter = Drafter(self.chooser, grammars, self.meter, clock)
+        self._drafter = Drafter(self.chooser, grammars)
         self._parked: dict[str, Sequence] = {}  # not in the queue until `unpark`
         self._compiling: dict[str, Sequence] = {}  # not in the queue until their grammar is there
         self._waiting: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
+        self._stepped: list[Stepped] = []  # by the step that goes on
         self._arrivals = 0
         self.steps = 0
         self.preemptions = 0
@@ -276,31 +277,31 @@ class Engine:
         all_rows = sum(count for _, count in plan.rows)
         self._clock.decode_rows += decode_rows
         self._clock.prompt_rows += all_rows - decode_rows
-        began = self._ended or self._now()  # what lies between steps is a cost of each, too
         try:
-            deltas += self._forward(plan.rows)
+            deltas += self._forward(plan.rows, plan.draft_depth)
         except Exception:
             log.exception("step %d failed; running its sequences alone", self.steps)
             # Nothing was committed, and the cache slots are simply written again: find the culprit.
             for row in plan.rows:
                 try:
-                    deltas += self._forward([row])
+                    deltas += self._forward([row], plan.draft_depth)
                 except Exception as error:
                     log.exception("request %s failed", row[0].request.id)
                     deltas.append(self._end(row[0], (), FinishReason.ERROR, repr(error)))
         if not self.meter.most:
             return deltas  # nobody asks how long it took
-        if decode_rows == all_rows > 0:
-            self.meter.step_took(all_rows, self._now() - began)
-        self._clock.enter("draft" if all_rows else IDLE)
-        try:
-            stepped = [s for s, _ in plan.rows]
-            self._drafter.draft(self.model, plan.draft_depth, stepped, self._running)
-        except Exception:
-            log.exception("no drafts in step %d", self.steps)
-            for sequence, _ in plan.rows:
-                sequence.forget_drafts()
-        self._ended = self._now() if self._running else None
+        stepped, self._stepped = self._stepped, []
+        if plan.draft_depth or stepped:
+            self._clock.enter("draft" if all_rows else IDLE)
+            try:
+                self._drafter.draft(self.model, plan.draft_depth, stepped, self._running)
+            except Exception:
+                log.exception("no drafts in step %d", self.steps)
+                for sequence, _ in plan.rows:
+                    sequence.drafts = []
+        before, self._ended = self._ended, self._now() if self._running else None
+        if before and self._ended and decode_rows:
+            self.meter.step_took(self._ended - before, all_rows - decode_rows)
         return deltas
 
     def _take_compiled(self) -> list[Delta]:
@@ -352,14 +353,14 @@ class Engine:
             sequence = self._running.pop(key)
             self.pool.release(sequence.pages)
             sequence.pages, sequence.computed = [], 0
-            sequence.forget_drafts()
+            sequence.drafts = []
             self._waiting[key] = sequence
             self.preemptions += 1
         for key in plan.admitted:
             sequence = self._running[key] = self._waiting.pop(key)
             sequence.pages = list(self.pool.look_up(sequence.chain).pages)
             self.pool.hold(sequence.pages)
-            sequence.computed = sequence.learned = len(sequence.pages) * PAGE_TOKENS
+            sequence.computed = len(sequence.pages) * PAGE_TOKENS
             if sequence.cached_tokens is None:
                 sequence.cached_tokens = min(sequence.computed, len(sequence.request.prompt_ids))
                 if sequence.cached_before is not None:
@@ -367,7 +368,7 @@ class Engine:
         for key, count in plan.take:
             self._running[key].pages += self.pool.take(count)
 
-    def _forward(self, rows: Rows[tuple[Sequence, int]]) -> list[Delta]:
+    def _forward(self, rows: Rows[tuple[Sequence, int]], draft_depth: int) -> list[Delta]:
         """Run the model over new rows, choose tokens where all known ones are computed, commit."""
         starts = [s.computed for s, _ in rows]
         places = [
@@ -393,6 +394,7 @@ class Engine:
         deltas: list[Delta] = []
         first_row = first_token = 0
         for (sequence, count), start, own in zip(rows, starts, places, strict=True):
+            known = len(sequence.ids)
             if own:
                 deltas += self._commit(sequence, tokens[first_token : first_token + len(own)])
             else:
@@ -400,10 +402,11 @@ class Engine:
                 self._publish(sequence, start)
                 if sequence.only_prompt and sequence.computed == len(sequence.ids) - 1:
                     deltas.append(self._end(sequence, (), FinishReason.LENGTH))
-            if self.meter.most:
+            end = learned_to(start, known, sequence.computed, draft_depth)
+            if self.meter.most and end > start:
                 assert passed.normed_TD is not None
-                final = first_row + sequence.computed - start  # behind it, drafts that fell
-                sequence.unlearned.append(passed.normed_TD[first_row:final])
+                hidden_TD = passed.normed_TD[first_row : first_row + end - start]
+                self._stepped.append(Stepped(sequence, start, hidden_TD))
             first_row += count
             first_token += len(own)
         return deltas

@@ -52,8 +52,20 @@ class TokenChooser:
 
         logprobs: False leaves them out even where the request wants them.
         """
+        rows = self.rows(places, logits_RV.shape[1], logits_RV.device, grammar, logprobs)
+        drawn = self._sampler.draw(logits_RV, rows)
+        return [_token(*each) for each in zip(places, rows, drawn, strict=True)]
+
+    def rows(
+        self,
+        places: Rows[Place],
+        vocab: int,
+        device: torch.device,
+        grammar: GrammarMasks | None = None,
+        logprobs: bool = False,
+    ) -> list[Row]:
+        """What the sampler is told of each place."""
         allowed = iter(grammar.result()) if grammar is not None else None
-        vocab, device = logits_RV.shape[1], logits_RV.device
         rows = []
         for place in places:
             p = place.sequence.request.sampling
@@ -67,8 +79,7 @@ class TokenChooser:
                     p.logprobs if logprobs else None,
                 )
             )
-        drawn = self._sampler.draw(logits_RV, rows)
-        return [_token(*each) for each in zip(places, rows, drawn, strict=True)]
+        return rows
 
     def _mask(self, banned: tuple[int, ...], vocab: int, device: torch.device) -> Tensor:
         """float32 [V]: -inf where an id has no token or is banned, else 0. Kept, for few differ."""
@@ -91,6 +102,13 @@ def _token(place: Place, row: Row, drawn: Drawn) -> Token | str:
     if row.allowed_V is not None and not row.allowed_V[drawn.id]:
         return NO_TOKEN
     return Token(drawn.id, drawn.logprob, drawn.top)
+
+
+def draws_alike(place: Place) -> bool:
+    """Whether places behind it draw by the same rules, whatever is drawn here."""
+    p = place.sequence.request.sampling
+    counting = p.repetition_penalty != 1.0 or p.frequency_penalty or p.presence_penalty
+    return not (place.matcher or counting or p.min_tokens > place.num_emitted)
 
 
 def edits(place: Place) -> tuple[Edit, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from llguidance import LLMatcher
-from torch import Tensor
 
 from rayseek.cluster.grammar import reason
 from rayseek.cluster.pages import chain_root, page_hash
@@ -29,8 +28,6 @@ class Sequence:
     counts: dict[int, int] = field(default_factory=dict)  # emitted tokens, for penalties
     matcher: LLMatcher | None = None  # has consumed the emitted tokens; None: no grammar
     drafts: list[int] = field(default_factory=list)  # guesses of what comes after `ids`
-    learned: int = 0  # tokens whose latents of the draft module are in the cache, or given up
-    unlearned: list[Tensor] = field(default_factory=list)  # hidden states from there to `computed`
 
     @staticmethod
     def start(request: Request, arrival: int) -> Sequence:
@@ -75,16 +72,6 @@ class Sequence:
         """The next `rows` tokens to compute: known ones first, then drafts."""
         stop = self.computed + rows
         return self.ids[self.computed : stop] + self.drafts[: max(0, stop - len(self.ids))]
-
-    def forget_drafts(self) -> None:
-        """Drop what is drafted, and what the draft module has not learned yet."""
-        self.drafts, self.unlearned, self.learned = [], [], self.computed
-
-    def take_unlearned(self) -> tuple[list[int], int, list[Tensor]]:
-        """Rows for the draft module: their tokens, the first position, their hidden states."""
-        start, hidden = self.learned, self.unlearned
-        self.unlearned, self.learned = [], self.computed
-        return self.ids[start + 1 : self.computed + 1], start, hidden
 
     @property
     def place(self) -> Place:

@@ -1,9 +1,10 @@
 """How many tokens to draft in a step: a pure function of what was measured.
 
 A draft costs a row in the next step and a pass of the draft module now, and brings a token when it
-is accepted. How much a row costs depends on the machine and the batch, so it is measured while the
-engine runs: seconds by number of rows, for verification and for drafting. Acceptance depends on the
-text; it is measured by depth. Every depth is tried again now and then, as both change.
+is accepted. How long a step takes with so many drafts depends on the machine and the batch, so it
+is measured while the engine runs: whole steps, by depth, for batches of about one size. Acceptance
+depends on the text; it is measured by depth. Both change, so other depths are tried again, the
+less often the more a trial is expected to cost.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 HOLD = 4  # steps for which a choice holds, unless the batch changes
-TRY_AGAIN = 500  # steps after which an unused depth is tried
-MARGIN = 1.08  # by which more drafts must be predicted to be faster: some of their cost is not seen
+TRY_AGAIN = 500  # steps, at least, after which an unused depth is tried
+TRIALS = 0.001  # part of the time that trials of a depth may cost
+MARGIN = 1.03  # by which another depth must be predicted to be faster, and drafts at all
 MEMORY = 256  # drafts that an acceptance is about
-LONGER, SHORTER = 0.1, 0.5  # weights of a new measurement of time: what took long was interrupted
+LONGER, SHORTER = 0.05, 0.5  # weights of a new measurement of time: what took long was interrupted
 PAUSE = 1.25  # more than so many times what is known counts as that many
 
 
@@ -24,47 +26,54 @@ class Measured:
     """What a choice is made from.
 
     acceptance[j]: part of the drafts j + 1 tokens ahead that came true, of those whose
-    predecessors had. step_s, draft_s: seconds of a verifying step and of one draft pass, by rows,
-    ascending. unused[d]: steps since depth d was last used.
+    predecessors had. Of batches of the present size, by depth: seconds, of a step for each of its
+    sequences (None: not known), and unused, the steps since a depth was last used. depth: in use.
     """
 
     acceptance: tuple[float, ...]
-    step_s: tuple[tuple[int, float], ...]
-    draft_s: tuple[tuple[int, float], ...]
+    seconds: tuple[float | None, ...]
     unused: tuple[int, ...]
+    depth: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`rates`: tokens/s predicted for each depth (empty before anything is known)."""
+    """`rates`: tokens/s predicted for 0, 1, ... drafts, as far as anything is known of them."""
 
     depth: int
     rates: tuple[float, ...] = ()
 
 
-DepthPolicy = Callable[[Measured, int, int], Choice]
+DepthPolicy = Callable[[Measured], Choice]
 
 
-def choose_depth(measured: Measured, batch: int, most: int) -> Choice:
-    """Drafts to make for each of `batch` decoding sequences, 0 to `most`.
+def choose_depth(measured: Measured) -> Choice:
+    """Drafts to make for each decoding sequence, 0 to as many as anything was measured of.
 
-    The depth with the best predicted rate; the smaller one unless the gain is clear. A depth that
-    was not used for TRY_AGAIN steps comes first.
+    An unknown depth comes first, unless it could not be best even if it took no longer than the
+    one before it; then one that was long unused. Else the one with the best predicted rate, if it
+    is clearly better than the one in use.
     """
-    rates = []
-    for depth in range(most + 1):
-        step = interpolated(measured.step_s, batch * (1 + depth))
-        draft = interpolated(measured.draft_s, batch) if depth else 0.0
-        if step is None or draft is None:
-            return Choice(most)  # nothing is known yet: find out
-        rates.append(batch * expected_tokens(measured.acceptance[:depth]) / (step + depth * draft))
-    stale = max(range(most + 1), key=lambda d: measured.unused[d])
-    if measured.unused[stale] >= TRY_AGAIN:
-        return Choice(stale, tuple(rates))
-    best = 0
-    for depth in range(1, most + 1):
-        if rates[depth] > MARGIN * rates[best]:
-            best = depth
+    rates: list[float] = []
+    times: list[float] = []
+    for depth, seconds in enumerate(measured.seconds):
+        tokens = expected_tokens(measured.acceptance[:depth])
+        if seconds is None:
+            if depth == 0 or tokens / times[-1] > max(rates):
+                return Choice(depth, tuple(rates))
+            break
+        times.append(seconds)
+        rates.append(tokens / seconds)
+    best = max(range(len(rates)), key=lambda d: rates[d])
+    for depth, rate in enumerate(rates):
+        lost = times[depth] / times[best] * (1 - rate / rates[best])  # by a step, in steps
+        if measured.unused[depth] >= max(TRY_AGAIN, HOLD * lost / TRIALS):
+            return Choice(depth, tuple(rates))
+    prospects = [rates[0] * MARGIN, *rates[1:]]
+    best = max(range(len(rates)), key=lambda d: prospects[d])
+    used = measured.depth
+    if used < len(rates) and prospects[best] <= MARGIN * prospects[used]:
+        best = used
     return Choice(best, tuple(rates))
 
 
@@ -77,18 +86,13 @@ def expected_tokens(acceptance: Sequence[float]) -> float:
     return total
 
 
-def interpolated(points: Sequence[tuple[int, float]], at: int) -> float | None:
-    """Seconds for `at` rows from measured points: linear between, and beyond, at least constant."""
-    if not points:
-        return None
-    if len(points) == 1:
-        rows, seconds = points[0]
-        return seconds * (1 + at / rows) / 2  # half of it fixed: a guess that a trial replaces
-    after = next((i for i, (rows, _) in enumerate(points) if rows >= at), len(points) - 1)
-    (r0, s0), (r1, s1) = points[max(after - 1, 0)], points[max(after, 1)]
-    if at > r1:
-        s1 = max(s0, s1)
-    return max(s0 + (s1 - s0) * (at - r0) / (r1 - r0), min(s0, s1) / 2)
+class _Size:
+    """Of batches of about one size."""
+
+    def __init__(self, most: int) -> None:
+        self.seconds: list[float | None] = [None] * (most + 1)  # by depth, for each sequence
+        self.used = [0] * (most + 1)  # by depth: the step in which it was used last
+        self.steps = 0
 
 
 class DraftMeter:
@@ -101,30 +105,34 @@ class DraftMeter:
         self.choice = Choice(0)
         self._trials = [1.0] * most  # as if one of one had come true: try first
         self._successes = [1.0] * most
-        self._step_s: dict[int, float] = {}
-        self._draft_s: dict[int, float] = {}
-        self._unused = [TRY_AGAIN] * (most + 1)  # try each at the start
-        self._held, self._batch = 0, 0
+        self._sizes: dict[int, _Size] = {}
+        self._held, self._size = 0, _Size(most)
+        self._batch = 0
+        self._stepped = 0, 0  # depth and batch of the last step
+        self._prompt_row_s = 0.0
 
     @property
     def measured(self) -> Measured:
+        size = self._size
         return Measured(
             tuple(s / t for s, t in zip(self._successes, self._trials, strict=True)),
-            tuple(sorted(self._step_s.items())),
-            tuple(sorted(self._draft_s.items())),
-            tuple(self._unused),
+            tuple(size.seconds),
+            tuple(size.steps - used for used in size.used),
+            self.choice.depth,
         )
 
     def choose(self, policy: DepthPolicy, batch: int) -> int:
         """The depth of a step in which `batch` sequences decode."""
         if not (self.most and batch):
             return 0
+        size = self._size_of(batch)
         self._held -= 1
-        if self._held <= 0 or batch != self._batch:
-            self.choice = policy(self.measured, batch, self.most)
-            self._held, self._batch = HOLD, batch
-        self._unused = [n + 1 for n in self._unused]
-        self._unused[self.choice.depth] = 0
+        if self._held <= 0 or size is not self._size:
+            self._size, self._held = size, HOLD
+            self.choice = policy(self.measured)
+        self._batch = batch
+        size.steps += 1
+        size.used[self.choice.depth] = size.steps
         return self.choice.depth
 
     def verified(self, drafts: int, accepted: int) -> None:
@@ -137,18 +145,30 @@ class DraftMeter:
             self._trials[depth] = self._trials[depth] * fade + 1
             self._successes[depth] = self._successes[depth] * fade + (depth < accepted)
 
-    def step_took(self, rows: int, seconds: float) -> None:
-        """A step without prompts, from the end of the step before it, but for its drafts."""
-        _smooth(self._step_s, rows, seconds)
+    def step_took(self, seconds: float, prompt_rows: int) -> None:
+        """The last step that `choose` was asked for, from the end of the one before it to its own.
 
-    def draft_took(self, rows: int, seconds: float) -> None:
-        """One draft pass."""
-        _smooth(self._draft_s, rows, seconds)
+        One that verified fewer or more drafts than it made says nothing of either. What rows of
+        prompts take is learned without drafts, and taken off.
+        """
+        depth, batch, size = self.choice.depth, self._batch, self._size
+        before, self._stepped = self._stepped, (depth, batch)
+        if before[0] != depth or (before[1] != batch and not prompt_rows):
+            return
+        known = size.seconds[depth]
+        if depth or not prompt_rows:
+            own = max(seconds - self._prompt_row_s * prompt_rows, seconds / 2) / batch
+            size.seconds[depth] = own if known is None else smoothed(known, own)
+        elif known is not None:
+            row = max(seconds - known * batch, 0.0) / prompt_rows
+            self._prompt_row_s = smoothed(self._prompt_row_s or row, row)
+
+    def _size_of(self, batch: int) -> _Size:
+        """Exact to 7 sequences, then four sizes to a doubling."""
+        scale = 1 << max(0, batch.bit_length() - 3)
+        return self._sizes.setdefault(batch // scale * scale, _Size(self.most))
 
 
-def _smooth(table: dict[int, float], rows: int, seconds: float) -> None:
-    """Steps of similar size share an entry: exact to 8 rows, then eight sizes to a doubling."""
-    scale = 1 << max(0, rows.bit_length() - 4)
-    key = rows // scale * scale
-    old = table.setdefault(key, seconds)
-    table[key] += SHORTER * min(seconds - old, 0) + LONGER * max(min(seconds, PAUSE * old) - old, 0)
+def smoothed(old: float, new: float) -> float:
+    """Seconds of what was measured again."""
+    return old + SHORTER * min(new - old, 0.0) + LONGER * max(min(new, PAUSE * old) - old, 0.0)

@@ -15,7 +15,8 @@ class UnitModel:
 
     def __init__(self, model: CachedModel, participant: Participant) -> None:
         self._model, self._participant = model, participant
-        self.drafts, self.hidden_size, self.cache = model.drafts, model.hidden_size, model.cache
+        self.drafts, self.cache = model.drafts, model.cache
+        self.hidden_size, self.vocab_size = model.hidden_size, model.vocab_size
 
     def forward(self, batch: Batch) -> Passed:
         part = self._participant
@@ -29,6 +30,9 @@ class UnitModel:
         return self._participant.run(
             Kind.DRAFT, len(batch.out_rows_R), lambda: self._model.draft(batch, hidden_TD)
         )
+
+    def drafts_ahead(self, *_: object) -> None:
+        """Each is a pass of the unit."""
 
     def remember(self, batch: Batch, hidden_TD: Tensor) -> None:
         self._model.remember(batch, hidden_TD)

@@ -48,6 +48,7 @@ SIGNATURES: dict[str, list[Any]] = {
     + [POINTER, POINTER, POINTER],
     "rs_draw": [POINTER, LONG, LONG, LONG, POINTER, LONG, POINTER, POINTER, POINTER, POINTER],
     "rs_pass": [POINTER] * 6,
+    "rs_drafts": [POINTER] * 6 + [LONG, POINTER],
     "rs_combine": [POINTER, LONG, LONG, LONG, POINTER, POINTER, LONG, POINTER, LONG],
 }
 
@@ -70,7 +71,7 @@ def load_native(target: str = "native") -> tuple[ctypes.CDLL, bool]:
     for name, arguments in SIGNATURES.items():
         getattr(library, name).argtypes = arguments
         getattr(library, name).restype = None
-    for name in ("rs_experts", "rs_expert_rows", "rs_combine", "rs_pass"):
+    for name in ("rs_experts", "rs_expert_rows", "rs_combine", "rs_pass", "rs_drafts"):
         getattr(library, name).restype = INT
     library.rs_wanted_rows.restype = library.rs_picked_slots.restype = LONG
     library.rs_init.restype = INT

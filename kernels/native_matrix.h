@@ -105,7 +105,7 @@ static inline v16 sigmoid(v16 x) { return 1.f / (1.f + vexp(-x)); }
 
 enum Slot {
     ROW, TILES, HIDDEN, EXPERT_OUT, PAIRS, LATENT_Q, LATENT_OUT, QUERIES, POSITIONS, VALUES, STATE,
-    OUTPUT, LOGITS, RANKS, PASS, FP8_ROW, EXPANDED, SLOTS
+    OUTPUT, LOGITS, RANKS, PASS, AHEAD, FP8_ROW, EXPANDED, SLOTS
 };
 
 struct Buffers {  // grown once, reused by every call of this thread

@@ -39,14 +39,16 @@ struct Input_rows {
 class Carved {
     std::vector<std::pair<void**, size_t>> parts;
     size_t total = 0;
+    Slot slot;
 
 public:
+    explicit Carved(Slot slot) : slot(slot) {}
     template <class T> void want(T*& at, size_t count) {
         parts.push_back({(void**)&at, total});
         total += (count * sizeof(T) + 63) / 64 * 64;
     }
     void give() {
-        char* memory = scratch<char>(PASS, total);
+        char* memory = scratch<char>(slot, total);
         for (auto& [at, offset] : parts) *at = memory + offset;
     }
 };
@@ -77,7 +79,7 @@ static int run_pass(const Pass& p, const Input_rows& in, const float* hidden,
     }
     float *x, *all, *a, *q, *heads, *y, *both, *scores, *weights;
     int32_t *chosen, *positions, *sequence;
-    Carved room;
+    Carved room(PASS);
     room.want(x, T * D), room.want(all, T * D), room.want(y, T * D), room.want(both, 2 * T * D);
     room.want(a, T * a_width), room.want(q, T * std::max(q_width, a_width));
     room.want(heads, T * o_width), room.want(scores, T * E), room.want(weights, T * K);
@@ -130,6 +132,52 @@ static int run_pass(const Pass& p, const Input_rows& in, const float* hidden,
     if (in.outs < T) gather(normed, in.out, in.outs, D, y);
     rs_linear(in.outs < T ? y : normed, D, in.outs, p.head, nullptr, 0, nullptr, 0, logits);
     return 0;
+}
+
+// Drafts of a module, a pass for each: row i of the out rows gets as many tokens as most[i] says,
+// each drawn as `draws[i]` does, but at positions one further ahead, and fed to the next pass with
+// the state before it. tokens: [outs][ahead], -1 where there is none.
+static int run_drafts(const Pass& p, const Input_rows& in, const float* hidden,
+                      void* const* pages, const Draw* draws, const int64_t* most, long ahead,
+                      int32_t* tokens) {
+    long B = in.outs, D = p.width, V = p.head->n;
+    float *logits, *normed, *state;
+    int64_t *ids, *slots, *out, *row;  // row: of `tokens`, of those that go on
+    int32_t *positions, *sequence;
+    Carved room(AHEAD);
+    room.want(logits, B * V), room.want(normed, B * D), room.want(state, B * D);
+    room.want(ids, B), room.want(slots, B), room.want(out, B), room.want(row, B);
+    room.want(positions, B), room.want(sequence, B);
+    room.give();
+    std::fill(tokens, tokens + B * ahead, -1);
+    for (long i = 0; i < B; i++) {
+        out[i] = row[i] = i;
+        positions[i] = in.positions[in.out[i]], sequence[i] = in.sequence[in.out[i]];
+    }
+    Input_rows now = in;
+    for (long number = 0; number < ahead && (now.outs || !number); number++) {
+        if (run_pass(p, now, hidden, pages, logits, normed)) return 1;
+        long on = 0;
+        for (long i = 0; i < now.outs; i++) {
+            Draw draw = draws[row[i]];
+            draw.position += number;
+            int32_t token = tokens[row[i] * ahead + number] = draw_row(logits + i * V, V, draw);
+            if (token < 0 || number + 1 >= most[row[i]]) continue;
+            long at = positions[i] + 1, page = in.table[sequence[i] * in.table_width + at / PAGE];
+            memcpy(state + on * D, normed + i * D, D * sizeof(float));
+            ids[on] = token, row[on] = row[i], sequence[on] = sequence[i];
+            positions[on] = (int32_t)at, slots[on++] = page * PAGE + at % PAGE;
+        }
+        now = {ids, slots, out, positions, sequence, in.table, on, on, in.table_width};
+        hidden = state;
+    }
+    return 0;
+}
+
+extern "C" int rs_drafts(const Pass* pass, const Input_rows* rows, const float* hidden,
+                         void* const* pages, const Draw* draws, const int64_t* most, long ahead,
+                         int32_t* tokens) {
+    return run_drafts(*pass, *rows, hidden, pages, draws, most, ahead, tokens);
 }
 
 extern "C" int rs_pass(const Pass* pass, const Input_rows* rows, const float* hidden,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rayseek.kernels.native_build import FLOAT, POINTER
 from rayseek.kernels.ops import LayerParts, Norm, PassParts, PassRows
+from rayseek.kernels.sampler import PackedDraws, Row
 
 COUNT = ctypes.c_int64
 
@@ -61,7 +62,7 @@ class NativePass:
     most_rows = 64
 
     def __init__(self, library: ctypes.CDLL, parts: PassParts, pages: Sequence[Tensor]) -> None:
-        self._run = library.rs_pass
+        self._library = library
         self._width, self._vocab = parts.final_norm.weight_K.numel(), parts.head.n
         self._keep: list[Any] = [parts, pages]  # what the structures point to
         self._pages = (POINTER * len(pages))(*(p.data_ptr() for p in pages))
@@ -81,26 +82,46 @@ class NativePass:
         self._rows_address = ctypes.addressof(self._rows)
 
     def __call__(self, rows: PassRows, hidden_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._take(rows)
+        hidden_TD = None if hidden_TD is None else self._states(rows, hidden_TD)
         count, outs = rows.ids_T.shape[0], rows.out_rows_R.shape[0]
+        logits_RV = torch.empty(outs, self._vocab)
+        normed = torch.empty(count if hidden_TD is None else outs, self._width)
+        if self._library.rs_pass(
+            self._address, self._rows_address, None if hidden_TD is None else hidden_TD.data_ptr(),
+            self._pages, logits_RV.data_ptr(), normed.data_ptr(),
+        ):  # fmt: skip
+            raise ValueError(f"{count} rows: a whole pass is for {self.most_rows} at most")
+        return logits_RV, normed
+
+    def drafts(
+        self, rows: PassRows, hidden_TD: Tensor, draws: Sequence[Row], most: list[int]
+    ) -> list[list[int]]:
+        self._take(rows)
+        hidden_TD, ahead = self._states(rows, hidden_TD), max(most)
+        tokens = (ctypes.c_int32 * (len(most) * ahead))()
+        packed = PackedDraws(draws, self._vocab)
+        if self._library.rs_drafts(
+            self._address, self._rows_address, hidden_TD.data_ptr(), self._pages, packed.bytes,
+            (COUNT * len(most))(*most), ahead, tokens,
+        ):  # fmt: skip
+            raise ValueError(f"a whole pass is for {self.most_rows} rows at most")
+        found = (tokens[i : i + ahead] for i in range(0, len(tokens), ahead))
+        return [[token for token in row if token >= 0] for row in found]
+
+    def _take(self, rows: PassRows) -> None:
         into, table_BP = self._rows, rows.page_table_BP
         into.ids, into.slots = rows.ids_T.data_ptr(), rows.slots_T.data_ptr()
         into.out, into.positions = rows.out_rows_R.data_ptr(), rows.positions_T.data_ptr()
         into.sequence, into.table = rows.sequence_T.data_ptr(), table_BP.data_ptr()
-        into.count, into.outs, into.table_width = count, outs, table_BP.shape[1]
-        hidden = None
-        if hidden_TD is not None:
-            if hidden_TD.shape != (count, self._width) or hidden_TD.dtype is not torch.float32:
-                raise ValueError(f"hidden states must be float32 {(count, self._width)}")
-            hidden_TD = hidden_TD.contiguous()
-            hidden = hidden_TD.data_ptr()
-        logits_RV = torch.empty(outs, self._vocab)
-        normed = torch.empty(count if hidden is None else outs, self._width)
-        if self._run(
-            self._address, self._rows_address, hidden, self._pages, logits_RV.data_ptr(),
-            normed.data_ptr(),
-        ):  # fmt: skip
-            raise ValueError(f"{count} rows: a whole pass is for {self.most_rows} at most")
-        return logits_RV, normed
+        into.count, into.outs = rows.ids_T.shape[0], rows.out_rows_R.shape[0]
+        into.table_width = table_BP.shape[1]
+
+    def _states(self, rows: PassRows, hidden_TD: Tensor) -> Tensor:
+        expected = rows.ids_T.shape[0], self._width
+        if hidden_TD.shape != expected or hidden_TD.dtype is not torch.float32:
+            raise ValueError(f"hidden states must be float32 {expected}")
+        return hidden_TD.contiguous()
 
     def _layer(self, layer: LayerParts) -> _Layer:
         moe = None

@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from rayseek.kernels.kv_format import KVDtype
+from rayseek.kernels.sampler import Row
 
 PAGE_TOKENS = 64  # of a page of latents: DeepSeek's context-cache unit (spec section 6.5)
 
@@ -201,6 +202,15 @@ class WholePass(Protocol):
         """Logits [R, V] of the out rows, and states after the final norm: of all rows [T, D].
 
         hidden_TD: for a draft module, whose states are those of the out rows [R, D].
+        """
+
+    def drafts(
+        self, rows: PassRows, hidden_TD: Tensor, draws: Sequence[Row], most: list[int]
+    ) -> list[list[int]]:
+        """Several passes of a draft module, each going on from the tokens of the one before.
+
+        draws[r]: how the first token after out row r is drawn, those after it likewise. most[r]:
+        how many of them, 1 or more; the page table has room for all but the last.
         """
 
 

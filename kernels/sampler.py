@@ -108,33 +108,12 @@ class NativeSampler:
         count, vocab = logits_RV.shape
         if count != len(rows):
             raise ValueError(f"{count} rows of logits for {len(rows)} draws")
-        held: list[object] = []  # what the packed addresses point into
-        packed = bytearray()
-        most = 0
-        for d, banned_V, edits, allowed_V, logprobs in rows:
-            edits_at = allowed_at = None
-            if edits:
-                array = np.array(
-                    [(e.ids_N.data_ptr(), e.values_N.data_ptr(), len(e.ids_N), e.penalty)
-                     for e in edits], dtype=np.int64,
-                )  # fmt: skip
-                held.append(array)
-                edits_at = array.ctypes.data
-            if allowed_V is not None:
-                allowed_V = np.ascontiguousarray(allowed_V)
-                held.append(allowed_V)
-                allowed_at = allowed_V.ctypes.data
-            if logprobs is not None:
-                most = max(most, logprobs)
-            packed += _DRAW.pack(
-                d.seed & _U64, d.position, banned_V.data_ptr(), allowed_at or 0, edits_at or 0,
-                len(edits), d.temperature, d.top_p, d.min_p, min(d.top_k, vocab), d.greedy,
-                -1 if logprobs is None else min(logprobs, vocab),
-            )  # fmt: skip
+        packed = PackedDraws(rows, vocab)
+        most = packed.most
         ids, logprob = (ctypes.c_int32 * count)(), (ctypes.c_float * count)()
         top_ids, top = (ctypes.c_int32 * (count * most))(), (ctypes.c_float * (count * most))()
         self._library.rs_draw(
-            logits_RV.data_ptr(), logits_RV.stride(0), count, vocab, bytes(packed), most,
+            logits_RV.data_ptr(), logits_RV.stride(0), count, vocab, packed.bytes, most,
             ids, logprob, top_ids, top,
         )  # fmt: skip
         drawn = []
@@ -148,6 +127,36 @@ class NativeSampler:
                 pairs = tuple(zip(top_ids[best], top[best], strict=True))
                 drawn.append(Drawn(ids[r], logprob[r], pairs))
         return drawn
+
+
+class PackedDraws:
+    """`struct Draw` of each row, and what it points into. most: logprobs that a row wants."""
+
+    def __init__(self, rows: Rows[Row], vocab: int) -> None:
+        self._held: list[object] = list(rows)
+        packed = bytearray()
+        self.most = 0
+        for d, banned_V, edits, allowed_V, logprobs in rows:
+            edits_at = allowed_at = None
+            if edits:
+                array = np.array(
+                    [(e.ids_N.data_ptr(), e.values_N.data_ptr(), len(e.ids_N), e.penalty)
+                     for e in edits], dtype=np.int64,
+                )  # fmt: skip
+                self._held.append(array)
+                edits_at = array.ctypes.data
+            if allowed_V is not None:
+                allowed_V = np.ascontiguousarray(allowed_V)
+                self._held.append(allowed_V)
+                allowed_at = allowed_V.ctypes.data
+            if logprobs is not None:
+                self.most = max(self.most, logprobs)
+            packed += _DRAW.pack(
+                d.seed & _U64, d.position, banned_V.data_ptr(), allowed_at or 0, edits_at or 0,
+                len(edits), d.temperature, d.top_p, d.min_p, min(d.top_k, vocab), d.greedy,
+                -1 if logprobs is None else min(logprobs, vocab),
+            )  # fmt: skip
+        self.bytes = bytes(packed)
 
 
 def apply_edit(logits_V: Tensor, edit: Edit) -> None:

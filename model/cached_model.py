@@ -7,11 +7,13 @@ meet in it equally often. `remember` only writes the draft module's latents and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from rayseek.kernels.ops import Ops, PassOps, PassParts, WholePass
+from rayseek.kernels.sampler import Row
 from rayseek.model.batch import Batch
 from rayseek.model.decode_graphs import DecodeGraphs
 from rayseek.model.latent_cache import LatentCache
@@ -73,6 +75,10 @@ class CachedModel:
         """Width of a hidden state."""
         return self.transformer.config.hidden_size
 
+    @property
+    def vocab_size(self) -> int:
+        return self.transformer.config.vocab_size
+
     def forward(self, batch: Batch, micro_batches: int = 1) -> Passed:
         """The main model over new rows; writes their latents."""
         if self._graphs is not None and (passed := self._graphs.run(batch)):
@@ -102,9 +108,26 @@ class CachedModel:
         hidden_TD = hidden_TD.to(self.device)
         return Passed(*self.mtp(batch.to(self.device), hidden_TD, self.cache.layers[-1]))
 
+    def drafts_ahead(
+        self, batch: Batch, hidden_TD: Tensor, draws: Sequence[Row], most: list[int]
+    ) -> list[list[int]] | None:
+        """As `draft`, and as many passes after it as it takes for most[r] tokens of each out row.
+
+        draws[r]: how the first of them is drawn; the others differ in their position alone. None
+        where every pass is one call: nothing was done.
+        """
+        whole = self._whole_draft
+        if whole is None or not 0 < len(batch.ids_T) <= whole.most_rows:
+            return None
+        return whole.drafts(batch, hidden_TD, draws, most)
+
     def remember(self, batch: Batch, hidden_TD: Tensor) -> None:
         """Write the module's latents of rows of which no draft is wanted."""
         assert self.mtp is not None
+        whole = self._whole_draft
+        if whole is not None and len(batch.ids_T) <= whole.most_rows:
+            whole(batch, hidden_TD)
+            return
         hidden_TD = hidden_TD.to(self.device)
         self.mtp.remember(batch.to(self.device), hidden_TD, self.cache.layers[-1])
 

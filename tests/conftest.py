@@ -96,6 +96,9 @@ class ForesightModel(CachedModel):
         self.blur = blur
         self.blurred = 0
 
+    def drafts_ahead(self, *_: object) -> None:
+        """One by one, by foresight."""
+
     def draft(self, batch: Batch, hidden_TD: Tensor) -> Passed:
         super().draft(batch, hidden_TD)
         out_R = batch.out_rows_R

@@ -24,6 +24,9 @@ log = logging.getLogger("rayseek.unit")
 SILENT_S = 5.0
 """Who does not answer for so long hangs, whatever a step may take: the thread that answers does
 nothing else."""
+STARVED = 10.0
+"""Patience grows by this many times what the slowest answer took lately, up to three times what it
+was: milliseconds where there is nothing to wait for, and seconds where processes starve."""
 ON_TIME = 1.1
 """A round of asking that took longer than this many times what it should counts the less for it: on
 a machine so busy that the leader itself comes late, others cannot answer in time either."""
@@ -34,7 +37,8 @@ AGREED = ("mode", "micro_batches")  # settings that all must have, or their exch
 class Hand:
     """One process. serves: it has been part of a group. elsewhere: why it is ours no more.
     broken: the newest epoch whose end it has told. question: a pulse that it was asked for, and
-    has not answered for `silent_s` when it was last `looked` for; time.monotonic()."""
+    has not answered for `silent_s` when it was last `looked` for; time.monotonic(). took_s: what
+    its last answer took."""
 
     actor: Any
     started: Started
@@ -46,6 +50,7 @@ class Hand:
     question: asyncio.Future[Pulse | None] | None = None
     silent_s: float = 0.0
     looked: float = 0.0
+    took_s: float = 0.0
 
     @property
     def member(self) -> Member:
@@ -64,6 +69,7 @@ class Crew:
     hands: dict[str, Hand] = field(default_factory=dict)
     deaths: int = 0
     broken_epoch: int = -1
+    slowest_s: float = 0.0  # answer, lately
 
     @property
     def present(self) -> list[Member]:
@@ -120,6 +126,9 @@ class Crew:
             await asyncio.wait(questions, timeout=within_s)
         now = time.monotonic()
         answers: dict[str, Pulse | None] = {}
+        answered = [h.took_s for h in hands.values() if h.question and h.question.done()]
+        self.slowest_s = max([self.slowest_s / 2, *answered])
+        patience_s = min(patience_s + STARVED * self.slowest_s, 3 * patience_s)
         for name, hand in hands.items():
             if hand.question is not None and hand.question.done():
                 answers[name], hand.question = hand.question.result(), None
@@ -140,8 +149,10 @@ class Crew:
 
 async def pulse_of(hand: Hand, unit: str) -> Pulse | None:
     """None: it says that it cannot go on."""
+    asked = time.monotonic()
     try:
         pulse: Pulse = await hand.actor.pulse.remote(unit)
+        hand.took_s = time.monotonic() - asked
         return pulse
     except Elsewhere as error:
         hand.elsewhere = last_line(error)

@@ -37,7 +37,8 @@ Count = TypeVar("Count", int, "NDArray[np.int64]")  # of one rank, or of many
 ANSWER_S = 1.0  # discovery gives new ranks so long to answer; the next round sees later ones
 CONTINUATION_RETRY_S = 0.2
 MOVED_PATIENCE_S = 1800.0  # the successor of a whole unit loads 671B first
-MAX_DEATHS = 3  # a request that was on board this many dying ranks is not given to another
+MAX_DEATHS = 3  # a request that was on board this many dying ranks is not given to another,
+INNOCENT_TOKENS = 8  # unless it got so many tokens there before: no rank dies so late of a request
 MOVES_KEPT = 1000  # of those that `moved_lately` tells of
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
@@ -92,7 +93,7 @@ class JournalEntry:
     emitted: list[int] = field(default_factory=list)
     cached_tokens: int | None = None
     moves: int = 0  # times that it lost its rank
-    deaths: int = 0  # of these, ranks that died; others had said that they stop
+    deaths: int = 0  # of these, ranks that it may have killed; others had said that they stop
 
     def continuation(self) -> Request:
         """The request as the next rank must see it."""
@@ -258,6 +259,7 @@ class Dispatcher:
         refused_by: set[str] = set()
         while True:
             patience = self._moved_patience_s if entry.moves else self._patience_s
+            before = len(entry.emitted)
             channel = await self._choose(refused_by, patience)
             try:
                 async with contextlib.aclosing(self._on_rank(channel, entry)) as deltas:
@@ -266,7 +268,8 @@ class Dispatcher:
                 return
             except RankLost:
                 entry.moves += 1
-                entry.deaths += not channel.retired
+                if not channel.retired and len(entry.emitted) - before < INNOCENT_TOKENS:
+                    entry.deaths += 1
                 self.moved += 1
                 self._moves.append((time.monotonic(), request.id))
                 now = time.monotonic()

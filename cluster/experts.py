@@ -97,11 +97,10 @@ class Experts:
         async with asyncio.timeout(HUNG_S):
             if await actor.works_for.remote() is not None:
                 return
-        wants = [
-            (status.experts_missing, index, status.unit)
-            for index, roll in enumerate(self._rolls)
-            for status in await roll.statuses()
-        ]
+        known = [(await roll.statuses(), index) for index, roll in enumerate(self._rolls)]
+        if any(started.member.name in s.expert_ranks for statuses, _ in known for s in statuses):
+            return  # the leader that has it is only slow
+        wants = [(s.experts_missing, index, s.unit) for statuses, index in known for s in statuses]
         missing, index, unit = max(wants, default=(0, 0, ""))
         if missing > 0:  # the unit may have gone; then the next look finds another
             deployment = self._rolls[index].units

@@ -8,6 +8,7 @@ abort and nothing to repair: whoever cannot go on closes its end, and a new epoc
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -31,15 +32,15 @@ class ExchangeBroken(RuntimeError):
 class Transfer:
     """A started exchange; keeps its tensors alive until it has ended."""
 
-    __slots__ = ("_tensors", "_work", "what")
+    __slots__ = ("_group", "_tensors", "_work", "what")
 
-    def __init__(self, work: Work, what: str, tensors: tuple[Tensor, ...]) -> None:
-        self._work, self.what, self._tensors = work, what, tensors
+    def __init__(self, group: Group, work: Work, what: str, tensors: tuple[Tensor, ...]) -> None:
+        self._group, self._work, self.what, self._tensors = group, work, what, tensors
 
     def wait(self) -> None:
         """Block until it is done (on CUDA: until the current stream may use it)."""
         try:
-            self._work.wait()
+            self._group.wait(self._work)
         except RuntimeError as error:
             raise ExchangeBroken(f"{self.what}: {_first_line(error)}") from error
 
@@ -85,15 +86,18 @@ class Group:
         timeout_s: float,
         device: torch.device | str = "cpu",
         given_up: Callable[[], bool] = lambda: False,
+        over: Callable[[], bool] | None = None,
         address: str | None = None,
     ) -> Self:
         """The same through a connection that exists, and that nobody else uses meanwhile.
 
         given_up: asked while members are missing; true ends the waiting, for they will not come.
+        over: likewise, asked in an exchange that stands still; then somebody hangs in it.
         address: of this member, for gloo to listen on; None: whatever its host's name means.
         """
         group, limit = cls.__new__(cls), timedelta(seconds=timeout_s)
         group._form(store, prefix, rank, size, limit, torch.device(device), given_up, address)
+        group._over = over if group.device.type == "cpu" else None
         return group
 
     def _form(
@@ -109,6 +113,8 @@ class Group:
     ) -> None:
         self.rank, self.size, self.device = rank, size, on
         self._group: Any = None
+        self._over: Callable[[], bool] | None = None
+        self._stuck = False
         try:
             keys = PrefixStore(prefix, store)
             keys.set(f"here/{rank}", "")
@@ -153,7 +159,24 @@ class Group:
             work = self._group.alltoall_base(out, source, list(out_splits), list(splits))
         except RuntimeError as error:
             raise ExchangeBroken(f"{what}: {_first_line(error)}") from error
-        return Transfer(work, what, (out, source))
+        return Transfer(self, work, what, (out, source))
+
+    def wait(self, work: Work) -> None:
+        """RuntimeError if it fails, or if the group is over meanwhile."""
+        if self._over is None:
+            work.wait()
+            return
+        while True:
+            try:
+                work.wait(LOOK_UP)
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    work.wait()  # for it may have been done just now
+                    return
+                if self._over():
+                    self._stuck = True
+                    raise RuntimeError("it stood still, and the group has been given up") from None
 
     def all_gather(self, values: Sequence[int], what: str = "agreement") -> list[tuple[int, ...]]:
         """A few integers of every member, in member order; blocks."""
@@ -164,7 +187,10 @@ class Group:
 
     def close(self) -> None:
         """Leave: closes the connections, which ends the group for all members. Idempotent."""
-        self._group = None
+        left, self._group = [self._group], None
+        if self._stuck:  # closing waits for the one who hangs, and nobody should wait for that
+            threading.Thread(target=left.clear, name="stuck-group", daemon=True).start()
+            self._stuck = False
 
 
 def open_store(host: str) -> TCPStore:

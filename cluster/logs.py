@@ -37,20 +37,11 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-class _ToStandardError(logging.Handler):
-    """Whatever that is at the moment."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            sys.stderr.write(self.format(record) + "\n")
-        except Exception:
-            self.handleError(record)
-
-
 def start_logging(process: str) -> None:
     """Write what our loggers say from now on; another call renames the process."""
     logger = logging.getLogger(_ROOT)
-    handler = _ToStandardError()
+    # Serve puts a logger in the place of sys.stderr, which swallows lines below its own level.
+    handler = logging.StreamHandler(sys.__stderr__)
     handler.setFormatter(JsonLines(process))
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)

@@ -100,6 +100,7 @@ class Participant:
         self._newest: tuple[UnitPlan, ExpertSlots | None] | None = None
         self._closed = False
         self._useless_epoch = -1  # plans up to here have been given up
+        self._broken_before = -1  # so are the groups of epochs below, though we may not know why
         self._formed: _Formed | None = None
         self._connected: tuple[str, TCPStore, TCPStore] | None = None
         self._passes = self._failures = 0
@@ -125,6 +126,8 @@ class Participant:
         with self._changed:
             if self._newest is None or plan.epoch > self._newest[0].epoch:
                 self._newest = (plan, slots)
+                if plan.broken:
+                    self._broken_before = plan.epoch
             self._changed.notify_all()
         self.ring()
 
@@ -255,6 +258,10 @@ class Participant:
             except RuntimeError as error:
                 if self.has_news() or time.monotonic() > deadline:
                     raise ExchangeBroken(f"no connection to the store at {store}") from error
+
+    def is_over(self, epoch: int) -> bool:
+        """Whether a newer plan says that nobody computes in the group of this epoch any more."""
+        return epoch < self._broken_before
 
     def has_news(self) -> bool:
         """A newer plan than the one that is being formed, or the order to close."""
@@ -397,7 +404,7 @@ class _Formed:
         nodes = sorted({m.node for m in plan.members})
         self.group = Group.through(
             self._sleeper, self._keys, rank, len(plan.members), me.timeout_s,
-            given_up=me.has_news, address=me.host,
+            given_up=me.has_news, over=lambda: me.is_over(plan.epoch), address=me.host,
         )  # fmt: skip
         self.exchange = Exchange(
             self.group, plan.placement, plan.holders, [nodes.index(m.node) for m in plan.members],

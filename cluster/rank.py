@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -32,7 +33,9 @@ if TYPE_CHECKING:  # torch: in these processes, not in the leader's
 
 log = logging.getLogger("rayseek.rank")
 
-BOND_S = 3.0  # without a pulse, and without a group: its leader is dead
+BOND_S = 3.0  # without a pulse, and without a group: its leader may be dead
+# Of the process, before it imports torch.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class Seat:
     role: Role
 
     def __init__(self, name: str, spec: RankSpec) -> None:
+        os.environ.update(ENVIRONMENT)
         start_logging(name)
         start_tracing(name)
         self.name, self._spec = name, spec
@@ -201,10 +205,10 @@ class ExpertRank(Seat):
         self._heard = 0.0  # from its leader; time.monotonic()
 
     async def works_for(self) -> str | None:
-        """The unit that has it. None: nobody, or one whose leader and group are gone."""
-        if time.monotonic() - self._heard > BOND_S and await self.epoch() < 0:
-            self._unit = None
-        return self._unit
+        """The unit that has it, as far as it knows. None: nobody, or one whose leader is silent
+        and whose group is gone: then another may have it, unless its leader is only slow."""
+        silent = time.monotonic() - self._heard > BOND_S and await self.epoch() < 0
+        return None if silent else self._unit
 
     async def engage(self, unit: str) -> int:
         """Work for this unit. Returns the newest epoch known here: only later plans will be

@@ -50,18 +50,13 @@ ENGAGE_S = 2.0  # for an expert rank to say that it is free
 REFUSED_S = 30.0  # a refusal is told for so long, unless it is repeated
 FINISH_S = 20.0  # for the requests on board when the unit is to stop; less than Serve's grace
 RETIRE_S = 2.0
-RANK_ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def rank_options(spec: RankSpec, name: str) -> dict[str, Any]:
     """Of the actor of any rank; `name` is what the dashboard calls it. Its CPU is what its
-    placement group keeps free, not a resource."""
-    return {
-        "name": name,
-        "num_cpus": 0,
-        "num_gpus": spec.gpus,
-        "runtime_env": {"env_vars": RANK_ENV},
-    }
+    placement group keeps free, not a resource. It has no runtime environment, so that it may get
+    one of the processes that Ray starts in advance: that is up to a second."""
+    return {"name": name, "num_cpus": 0, "num_gpus": spec.gpus}
 
 
 class Unit:

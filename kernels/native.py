@@ -7,7 +7,9 @@ values are trusted to be in range, as the model that makes them guarantees.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import torch
 from torch import Tensor
@@ -88,9 +90,11 @@ class NativeOps:
 
     def new_pages(self, count: int, latent: int, rope: int) -> Tensor:
         shape, dtype = _page(latent, rope, self.kv_dtype == "fp8")
-        pages = torch.empty(count, *shape, dtype=dtype)
+        # Zeros that take memory, and the time to get it, when they are first written.
+        memory = mmap(-1, count * math.prod(shape) * dtype.itemsize, MAP_PRIVATE | MAP_ANONYMOUS)
+        pages = torch.frombuffer(memory, dtype=dtype).view(count, *shape)
         self.library.rs_prefer_huge(pages.data_ptr(), pages.nbytes)
-        return pages.zero_()
+        return pages
 
     def read_latents(self, pages: Tensor, page_ids: Tensor, latent: int, rope: int) -> Tensor:
         if _check_pages(pages, latent, rope):

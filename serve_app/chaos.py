@@ -42,6 +42,7 @@ VICTIMS = {  # what dies -> how Ray titles such processes
 CHANGES = ("update", "scale")
 KINDS = (*VICTIMS, *CHANGES)
 CHANGE_S = 1800.0  # for a change to be over
+ON_ITS_WAY_S = 0.5  # what comes so soon after a kill was sent before it
 CALM_S = 1.0  # after every stream has moved again
 GIVE_UP_S = 180.0  # for a stream to move
 
@@ -65,12 +66,12 @@ class Watch:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def pause_after(self, blow: Blow, until: float) -> float:
-        """The longest silence of any stream that began before `until` and ended after the blow."""
+        """The longest silence of any stream between the blow and `until`."""
         longest = 0.0
         for times in self.arrivals:
             for before, after in zip(times, times[1:], strict=False):
                 if after > blow.at and before < until:
-                    longest = max(longest, after - max(before, blow.at))
+                    longest = max(longest, min(after, until) - max(before, blow.at))
         return longest
 
 
@@ -205,7 +206,7 @@ def disturb(
                 add_node(gcs_address)
         over = time.monotonic()
         while time.monotonic() < over + GIVE_UP_S:
-            if all(times and times[-1] > over for times in watch.arrivals):
+            if all(times and times[-1] > over + ON_ITS_WAY_S for times in watch.arrivals):
                 break
             time.sleep(0.05)
         time.sleep(max(CALM_S, began + arguments.every - time.monotonic()))

@@ -97,6 +97,8 @@ def cluster_environment(config: Config) -> dict[str, str]:
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         # Who does not answer health checks is ended at once: it would not hear a goodbye either.
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+        # Who is killed and hangs is ended after this. Ray's 5 s are for a goodbye; ours need none.
+        "RAY_kill_worker_timeout_milliseconds": "500",
         # A proxy takes longer than Serve's 5 s to start on half a CPU, and would be started anew.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(longest),

@@ -16,7 +16,14 @@ from typing import Any
 import pytest
 
 from rayseek.cluster.config import EngineSettings, ExchangeSettings
-from rayseek.cluster.dispatch import MAX_DEATHS, Dispatcher, JournalEntry, RankAddress, RankChannel
+from rayseek.cluster.dispatch import (
+    INNOCENT_TOKENS,
+    MAX_DEATHS,
+    Dispatcher,
+    JournalEntry,
+    RankAddress,
+    RankChannel,
+)
 from rayseek.cluster.engine import Engine, run_to_end
 from rayseek.cluster.rank import Rank
 from rayseek.cluster.rank_server import RankServer
@@ -287,6 +294,31 @@ async def test_ranks_that_stop_give_their_requests_back(
         assert [t.id for t in tokens] == [t.id for t in expected[request.id]]
     assert set(cluster.dispatcher.moved_lately(60)) == {r.id for r in requests}
     assert cluster.dispatcher.moved_lately(0) == []
+
+
+@pytest.mark.parametrize("late", [True, False])
+async def test_only_who_saw_ranks_die_early_is_suspected(cluster: Cluster, late: bool) -> None:
+    """late: each rank dies only after tokens enough of the request."""
+    (request,) = wanted(1, max_tokens=INNOCENT_TOKENS * (MAX_DEATHS + 3))
+    seen = 0
+
+    def on_token() -> None:
+        nonlocal seen
+        seen += 1
+
+    here = await cluster.start_rank(slow=True)
+    run = asyncio.create_task(cluster.tokens(request, on_token))
+    for death in range(1, MAX_DEATHS + 2):
+        async with asyncio.timeout(20):
+            while seen < death * INNOCENT_TOKENS and not run.done():
+                await asyncio.sleep(0.001)
+                channels = cluster.dispatcher._channels.values()
+                if not late and any(channel._inboxes for channel in channels if channel.alive):
+                    break
+        await cluster.kill_rank(here)
+        here = await cluster.start_rank(slow=True)
+    _, finish = await run
+    assert finish is (FinishReason.LENGTH if late else FinishReason.ERROR)
 
 
 async def test_ranks_that_no_unit_lists_get_nothing_new(cluster: Cluster) -> None:

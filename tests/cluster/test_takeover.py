@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -63,6 +64,30 @@ async def test_survivors_take_over_in_place(tiny_path: Path, undisturbed: Answer
             with pytest.raises(ExpertsReleased):
                 before[seat.name].compute(1, None, None, None)  # type: ignore[arg-type]
         assert await asked == undisturbed
+
+
+async def test_nobody_waits_for_one_who_hangs(tiny_path: Path, undisturbed: Answers) -> None:
+    """Its connections stay open for as long as it takes to end it, which may be for ever."""
+    patient = SETTINGS.model_copy(update={"step_timeout_s": 600})
+    released = threading.Event()
+    async with unit(tiny_path, experts=2, settings=patient) as company:
+        asked = asyncio.ensure_future(answers(company, REQUESTS))
+        await asyncio.sleep(0.2)
+        victim = holders(company)[0]
+
+        def hang(*_: object) -> None:
+            released.wait()
+            raise ExpertsReleased
+
+        slots_of(victim).compute = hang  # type: ignore[method-assign, assignment]
+        await asyncio.sleep(0.2)
+        death = asyncio.ensure_future(company.actors[victim.name].die())
+        try:
+            assert await asyncio.wait_for(asked, 60) == undisturbed
+            assert not death.done()
+        finally:
+            released.set()
+            await death
 
 
 async def test_who_cannot_take_over_says_so_and_waits(

@@ -229,6 +229,21 @@ async def test_who_hangs_delays_nobodys_answer() -> None:
     assert await crew.pulses(0.01, 60) == {"well": fine, "hung": fine}
 
 
+async def test_where_all_are_slow_nobody_is_silent_yet() -> None:
+    """A machine on which answers take long is busy; patience is three times what it was at most."""
+    crew, slow, hung = Crew("unit"), Asked(), Asked()
+    for name, actor in {"slow": slow, "hung": hung}.items():
+        started = Started(Member(name, "expert", "n", ""), None, "", ExchangeSettings())
+        crew.hands[name] = Hand(actor, started)
+    fine = Pulse(1, 0, "agreement", waits=True, idle=False, since_s=0)
+    asyncio.get_running_loop().call_later(0.1, slow.answer.set_result, fine)
+    assert await crew.pulses(0.3, 0.25) == {"slow": fine}
+    assert crew.slowest_s >= 0.1
+    while "hung" not in await crew.pulses(0.1, 0.25):
+        assert crew.hands["hung"].silent_s < 0.75
+    assert crew.hands["hung"].silent_s > 0.3 and crew.slowest_s < 0.1
+
+
 async def test_who_has_not_had_time_is_not_silent() -> None:
     """On a machine that stood still, the leader's own absence proves nothing."""
     crew, hung = Crew("unit"), Asked()
@@ -265,7 +280,7 @@ async def test_anothers_failure_costs_a_repetition(tiny_path: Path) -> None:
             async with asyncio.timeout(10):
                 while len(ranks._alive()) < 2:
                     await asyncio.sleep(0.01)
-            short = replace(LONG.sampling, max_tokens=30)
+            short = replace(LONG.sampling, max_tokens=50)
             asked = [replace(LONG, id=f"r{i}", sampling=short) for i in range(6)]
             ends = await asyncio.gather(*(end_of(ranks, r) for r in asked))
         assert calls > 40 and set(ends) == {(FinishReason.LENGTH, None)}

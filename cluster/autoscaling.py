@@ -26,6 +26,7 @@ CROWD = 0.1  # of those that run: fewer waiting only wait for the next step
 GRAIN_S = 1.0  # demands closer than this are one sample
 START_S = 60.0  # that a unit takes to start, until one has been seen to
 TREND_S = 60.0  # for so long, at least, it is looked back to see how demand grows
+MOST_GROWTH = 1.5  # that a trend is believed
 FEWEST = 6  # samples that tell
 
 
@@ -116,7 +117,9 @@ class Steady:
         back = max(ahead, TREND_S)
         samples = tuple(s for s in self.samples if s[0] >= now - max(back, aims.down_s))
         more = ahead * growth([*samples, (now, demand)], now - back)
-        expected = min(demand + more, 2 * demand)
+        if now - self.began < back:  # the load itself has just begun
+            more = 0.0
+        expected = min(demand + more, MOST_GROWTH * demand)
         sample = now, demand, expected
         if samples and now - samples[-1][0] < GRAIN_S:
             at, highest, lowest = samples[-1]

@@ -1,14 +1,15 @@
 """How many units a load needs: the config's units, filled as far as the targets allow.
 
 Pure arithmetic in the mean, with a queue's formula for what fluctuates: no day's wave, no burst, no
-death. A decode unit takes the largest batch whose step keeps the pace and whose latents fit;
-prompts wait as in a queue of as many servers as ranks (Sakasegawa's approximation, equal services).
+death. A full decode unit has the largest batch whose step keeps the pace and whose latents fit; how
+fast steps and first tokens are at the load itself, `_pace` says.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, replace
 
 from rayseek.cluster.config import Config, Role
 from rayseek.cluster.cost import DEVICES, PUBLISHED, Cost, Efficiency, Step
@@ -16,8 +17,9 @@ from rayseek.cluster.fit import rank_memories
 from rayseek.cluster.placement import slots_per_holder
 from rayseek.model.config import ModelConfig
 
-FILLED = 0.85  # of a unit's room or time, at most: the rest is for what fluctuates
+FILLED = 0.85  # of a unit's room or time, or of a target, at most: the rest is for what fluctuates
 MOST_UNITS = 10_000
+ROUNDS = 30  # until what a step takes has settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +43,9 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Units of one role. busy: part of their room or time in use. tokens_s: most of one GPU.
-
-    limit: what keeps a unit from more. seconds: to the first token, or between two.
+    """Units of one role. busy: part of their room or time in use. tokens_s: of a GPU of a full
+    unit, whose ranks have `batch` rows; limit: what keeps it from more. seconds: at this load, to
+    the first token, or between two.
     """
 
     role: Role
@@ -72,53 +74,52 @@ def needs(
     batch, step, limit = _decode_batch(config, model, costs["decode"], load, targets)
     kept = tokens_kept(config, load.accepted)
     per_gpu = batch * kept / step.seconds
-    wanted = load.requests_s * load.output
-    ranks = config.decode.attention_ranks
-    prefill_role: Role = "prefill" if config.prefill.units else "decode"
-    prompt_cost = costs[prefill_role]
-    rows = config.engine_of(prefill_role).step_tokens
-    prompt_step = prompt_cost.prefill(rows, load.prompt, load.prompt * load.cached)
+    computes: Role = "prefill" if config.prefill.units else "decode"  # prompts
+    rows = config.engine_of(computes).step_tokens
+    prompt_step = costs[computes].prefill(rows, load.prompt, load.prompt * load.cached)
     prompt_gpu = rows / prompt_step.seconds
-    fresh = load.prompt * (1 - load.cached)
-    if prefill_role == "decode":
-        # A unit's time goes to both; a prompt's first token waits for its turn among the steps.
-        share = (wanted / per_gpu + load.requests_s * fresh / prompt_gpu) / ranks
-        units = max(1, math.ceil(share / FILLED))
-        units, first = _prompt_units(
-            units, ranks, load.requests_s, fresh / prompt_gpu, step.seconds, targets, share * ranks
+    work = dict.fromkeys(config.units, 0.0)  # GPUs that do nothing else
+    work["decode"] += load.requests_s * load.output / per_gpu
+    work[computes] += load.requests_s * load.prompt * (1 - load.cached) / prompt_gpu
+
+    def pace(role: Role, units: int, requests_s: float) -> Pace:
+        return _pace(config, costs[role], role, replace(load, requests_s=requests_s), units)
+
+    alone = pace(computes, 1, 0.0).first_s
+    if alone > FILLED * targets.first_token_s:
+        raise ValueError(
+            f"a prompt alone takes {alone:.1f} s, too long for {targets.first_token_s:g} s to the "
+            "first token"
         )
-        decode = Need(
-            "decode",
-            units,
-            units * ranks,
-            share / units,
-            per_gpu,
-            batch,
-            step.seconds / kept,
-            limit,
-        )
-        prompts = Need(
-            "prefill", units, 0, share / units, prompt_gpu, rows, first, prompt_step.limit
-        )
-        return [prompts, decode]
-    units = max(1, math.ceil(wanted / (per_gpu * ranks) / FILLED))
-    decode = Need(
-        "decode", units, units * ranks, wanted / (per_gpu * ranks * units), per_gpu, batch,
-        step.seconds / kept, limit,
-    )  # fmt: skip
-    ranks = config.prefill.attention_ranks
-    busy = load.requests_s * fresh / prompt_gpu
-    units, first = _prompt_units(
-        max(1, math.ceil(busy / ranks / FILLED)), ranks, load.requests_s, fresh / prompt_gpu,
-        step.seconds, targets, busy,
-    )  # fmt: skip
+
+    def fewest(role: Role) -> tuple[int, Pace]:
+        def enough(units: int) -> bool:
+            found = pace(role, units, load.requests_s)
+            first = found.first_s if role == computes else 0.0
+            between = found.step_s / kept if role == "decode" else 0.0
+            return first <= FILLED * targets.first_token_s and between <= FILLED * targets.token_s
+
+        at_least = math.ceil(work[role] / config.units[role].attention_ranks / FILLED)
+        range_ = range(max(1, at_least), MOST_UNITS)
+        units = range_.start + bisect_left(range_, True, key=enough)
+        if units >= MOST_UNITS:
+            raise ValueError(
+                f"{MOST_UNITS} units are not enough for {load.requests_s:g} requests/s"
+            )
+        return units, pace(role, units, load.requests_s)
+
+    found = {role: fewest(role) for role in config.units}
+
+    def need(role: Role, of: Role, gpu: float, many: int, seconds: float, limit: str) -> Need:
+        units, ranks = found[of][0], config.units[of].attention_ranks
+        gpus = units * ranks if role == of else 0
+        return Need(role, units, gpus, work[of] / units / ranks, gpu, many, seconds, limit)
+
+    first, between = found[computes][1].first_s, found["decode"][1].step_s / kept
     return [
-        Need(
-            "prefill", units, units * ranks, busy / (ranks * units), prompt_gpu, rows, first,
-            prompt_step.limit,
-        ),
-        decode,
-    ]  # fmt: skip
+        need("prefill", computes, prompt_gpu, rows, first, prompt_step.limit),
+        need("decode", "decode", per_gpu, batch, between, limit),
+    ]
 
 
 def unit_cost(config: Config, model: ModelConfig, role: Role, efficiency: Efficiency) -> Cost:
@@ -168,30 +169,50 @@ def _decode_batch(
     )
 
 
-def _prompt_units(
-    units: int,
-    ranks: int,
-    requests_s: float,
-    service_s: float,
-    step_s: float,
-    targets: Targets,
-    busy: float,
-) -> tuple[int, float]:
-    """The fewest units, from `units` on, whose first tokens come in time, and when they come.
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds of a unit's steps, and to a first token."""
 
-    busy: servers' worth of work.
+    step_s: float
+    first_s: float
+
+
+def _pace(config: Config, cost: Cost, role: Role, load: Load, units: int) -> Pace:
+    """What so many units keep under this load, in the mean.
+
+    Ranks of a unit step together, so a step takes as long as the rank with the most rows needs; in
+    it come the rows of the next. A prompt waits for the step under way, for those before it on its
+    rank (as in a queue of equal services), and for its own steps.
     """
-    if service_s + step_s > targets.first_token_s:
-        raise ValueError(
-            f"a prompt alone takes {service_s + step_s:.1f} s on one rank, more than "
-            f"{targets.first_token_s:g} s to the first token"
-        )
-    while units < MOST_UNITS:
-        servers = units * ranks
-        used = busy / servers
-        waiting = used ** (math.sqrt(2 * (servers + 1)) - 1) / (servers * (1 - used)) / 2
-        first = service_s * (1 + waiting) + step_s
-        if first <= targets.first_token_s:
-            return units, first
-        units += 1
-    raise ValueError(f"{MOST_UNITS} units are not enough for {requests_s:g} requests/s")
+    engine, ranks = config.engine_of(role), config.units[role].attention_ranks
+    decodes = role == "decode"
+    rows = engine.chunk_tokens if decodes else engine.step_tokens
+    rate = load.requests_s / units / ranks
+    known = load.prompt * load.cached
+    fresh = max(1.0, load.prompt - known)
+    if decodes and config.prefill.units:
+        fresh = 1.0  # the others' pages are there
+    parts = math.ceil(fresh / rows)
+
+    def decoding(step_s: float) -> float:
+        if not decodes:
+            return 0.0
+        batch = round(rate * load.output * step_s / tokens_kept(config, load.accepted))
+        context, drafts = load.prompt + load.output / 2, config.engine.draft_tokens
+        return cost.decode(max(1, batch), context, 1 + drafts).seconds
+
+    def prompts(most: float, mean: float) -> float:
+        return cost.prefill(most, load.prompt, known, mean).seconds
+
+    full = prompts(rows, rows)
+    step = 2 * full + decoding(full)
+    for _ in range(ROUNDS):  # a step is as long as what comes in it makes the next
+        come = rate * step
+        some = 1 - math.exp(-ranks * come * parts) if decodes else 1.0  # of the steps have prompts
+        fullest = min(rows, fresh * max(1.0, come + math.sqrt(2 * math.log(ranks) * come)))
+        mean = min(fullest, come * fresh / some) if come else 0.0
+        step = decoding(step) + some * prompts(fullest, mean)
+    service = fresh / rows * (decoding(step) + full)
+    used = rate * service
+    waiting = service * used / (1 - used) / 2 if used < 1 else math.inf
+    return Pace(step, step * (parts + 0.5) + waiting)

@@ -141,7 +141,7 @@ class Cost:
         return Step(total, sending, limit, self._parts.decode)
 
     def prefill(
-        self, rows: int, context: float, cached: float = 0.0, mean_rows: float | None = None
+        self, rows: float, context: float, cached: float = 0.0, mean_rows: float | None = None
     ) -> Step:
         """One step of `rows` new prompt tokens on each GPU, of prompts so long. A row goes to each
         node that it needs once, since expert groups lie on one node where they can. mean_rows: of

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from rayseek.cluster.capacity import Load, Need, Targets
+from rayseek.cluster.capacity import FILLED, Load, Need, Targets, tokens_kept
 from rayseek.cluster.config import Config, Role
 from rayseek.cluster.outcome import Outcome
 from rayseek.cluster.scaling_settings import AutoscalingSettings, Range
@@ -78,7 +78,8 @@ def simulate(
     }
     if arguments.scale:
         peak = {need.role: need.units for need in at_peak} or units
-        scaled = run("scaled", _scaling(config, units, peak))
+        step_s = FILLED * targets.token_s * tokens_kept(config, load.accepted)
+        scaled = run("scaled", _scaling(config, units, peak, step_s))
         mean = {role: max(1, round(scaled.outcome.mean_units(role))) for role in config.units}
         runs = [scaled, run("fixed", _fixed(config, mean))]
     else:
@@ -168,16 +169,24 @@ def _fixed(config: Config, units: Mapping[Role, int]) -> Config:
     return config.model_copy(update=changes)
 
 
-def _scaling(config: Config, units: Mapping[Role, int], peak: Mapping[Role, int]) -> Config:
-    """With a range for each role: the config's, or up to somewhat more than the peak needs."""
-    ranges: dict[str, Range] = {}
-    start: dict[Role, int] = {}
+def _scaling(
+    config: Config, units: Mapping[Role, int], peak: Mapping[Role, int], step_s: float
+) -> Config:
+    """With a range for each role: the config's, or up to somewhat more than the peak needs.
+
+    step_s: what steps of a decode unit should take, if the config says nothing.
+    """
+    settings, start = config.autoscaling, dict(units)
+    changes: dict[str, object] = {}
+    if "inter_token_s" not in settings.model_fields_set:
+        changes["inter_token_s"] = step_s
     for role, count in units.items():
-        own = getattr(config.autoscaling, role)
-        ranges[role] = own or Range(least=1, most=max(count, math.ceil(ROOM * peak[role])))
-        start[role] = min(max(count, ranges[role].least), ranges[role].most)
-    fleet = _fixed(config, start)
-    return fleet.model_copy(update={"autoscaling": config.autoscaling.model_copy(update=ranges)})
+        most = max(count, math.ceil(ROOM * peak[role]))
+        changes[role] = bounds = getattr(settings, role) or Range(least=1, most=most)
+        start[role] = min(max(count, bounds.least), bounds.most)
+    return _fixed(config, start).model_copy(
+        update={"autoscaling": settings.model_copy(update=changes)}
+    )
 
 
 def _lines(path: Path) -> Iterable[str]:

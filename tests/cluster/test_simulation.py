@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayseek.cluster.capacity import Load, Targets
+from rayseek.cluster.capacity import Load, Targets, needs
 from rayseek.cluster.config import Config, load_config
 from rayseek.cluster.cost import DEVICES, Cost
 from rayseek.cluster.dispatch import candidates
@@ -159,6 +159,22 @@ def test_what_a_published_unit_makes() -> None:
         if full:
             tokens, span = tokens + unit.tokens - before, span + now - began
     assert tokens / 16 / span == pytest.approx(18598 / 8, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("config", "load", "seconds"),
+    [(NODE, Load(30, 4000, 800, 0.5), 200), (NODE, Load(10, 2000, 300), 90),
+     (CELL, Load(150, 4000, 400, 0.5), 30)],
+)  # fmt: skip
+def test_what_is_planned_is_what_happens(config: Config, load: Load, seconds: float) -> None:
+    """Latencies by formula against simulated ones, with as many units as are planned."""
+    needed = dict(
+        zip(("prefill", "decode"), needs(config, DEEPSEEK_V3, load, TARGETS), strict=True)
+    )
+    units = {role: needed[role].units for role in config.units}
+    out = run(fleet(config, **units), Traffic(load).arrivals(seconds), seconds)
+    assert np.median(out.first_token) == pytest.approx(needed["prefill"].seconds, rel=0.3)
+    assert np.nanmedian(out.between_tokens) == pytest.approx(needed["decode"].seconds, rel=0.3)
 
 
 def test_policies_beat_a_fixed_fleet_of_their_mean_size() -> None:

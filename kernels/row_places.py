@@ -23,10 +23,15 @@ class RowPlaces(Protocol):
     def wanted(self, slot_RK: Tensor, member_S: Tensor, members: int) -> tuple[Tensor, list[int]]:
         """Rows grouped by the members that have one of their slots, each once: int32 [N]."""
 
+    def pack(self, words_TW: Tensor, slot_TK: Tensor, home: int, row_N: Tensor) -> Tensor:
+        """int32 [N, W + K + 1]: words, slots and home of the rows row_N (int32). An index from T
+        on is a row of slots -1, which wants nothing."""
+
     def picked(
-        self, slot_RK: Tensor, first: int, slots: int, home_R: Tensor, members: int
+        self, slot_RK: Tensor, first: int, seen_S: Tensor, home_R: Tensor, members: int
     ) -> tuple[Tensor, Tensor, list[int]]:
-        """Row and local slot, int32 [N], of `slots` slots from `first` on; counts are by home."""
+        """Row and local slot, int32 [N], of the slots from `first` on, as many as seen_S (int64)
+        has counters, which grow by their rows; counts are by home."""
 
 
 class TorchPlaces:
@@ -45,14 +50,22 @@ class TorchPlaces:
         wanted_RM = wanted.scatter_(1, member_S[slot_RK], True)[:, :members]
         return wanted_RM.T.nonzero()[:, 1].int(), wanted_RM.sum(0).tolist()
 
+    def pack(self, words_TW: Tensor, slot_TK: Tensor, home: int, row_N: Tensor) -> Tensor:
+        tokens, width = words_TW.shape
+        packed = words_TW.new_full((tokens + 1, width + slot_TK.shape[1] + 1), -1)
+        packed[:tokens, :width], packed[:tokens, width:-1] = words_TW, slot_TK
+        packed[tokens, :width], packed[:, -1] = 0, home
+        return packed[row_N.clamp(max=tokens)]
+
     def picked(
-        self, slot_RK: Tensor, first: int, slots: int, home_R: Tensor, members: int
+        self, slot_RK: Tensor, first: int, seen_S: Tensor, home_R: Tensor, members: int
     ) -> tuple[Tensor, Tensor, list[int]]:
         local_RK = slot_RK - first
-        ours_RK = (slot_RK >= 0) & (local_RK >= 0) & (local_RK < slots)
-        row_N = ours_RK.nonzero()[:, 0].int()
+        ours_RK = (slot_RK >= 0) & (local_RK >= 0) & (local_RK < seen_S.shape[0])
+        row_N, local_N = ours_RK.nonzero()[:, 0].int(), local_RK[ours_RK]
+        seen_S += torch.bincount(local_N, minlength=seen_S.shape[0])
         counts = torch.bincount(home_R[row_N], minlength=members).tolist()
-        return row_N, local_RK[ours_RK], counts
+        return row_N, local_N, counts
 
 
 class NativePlaces:
@@ -79,14 +92,25 @@ class NativePlaces:
         )  # fmt: skip
         return row_N[:found], list(counts)
 
+    def pack(self, words_TW: Tensor, slot_TK: Tensor, home: int, row_N: Tensor) -> Tensor:
+        tokens, width = words_TW.shape
+        rows, slot_TK = row_N.shape[0], slot_TK.contiguous()
+        packed = torch.empty(rows, width + slot_TK.shape[1] + 1, dtype=torch.int32)
+        self._library.rs_pack_rows(
+            words_TW.data_ptr(), words_TW.stride(0), tokens, width, slot_TK.data_ptr(),
+            slot_TK.shape[1], home, row_N.data_ptr(), rows, packed.data_ptr(),
+        )  # fmt: skip
+        return packed
+
     def picked(
-        self, slot_RK: Tensor, first: int, slots: int, home_R: Tensor, members: int
+        self, slot_RK: Tensor, first: int, seen_S: Tensor, home_R: Tensor, members: int
     ) -> tuple[Tensor, Tensor, list[int]]:
         rows, top_k = slot_RK.shape
-        pairs = torch.empty(2, rows * top_k, dtype=torch.int32)
-        counts = (ctypes.c_int64 * members)()
+        row_N = torch.empty(rows * top_k, dtype=torch.int32)
+        local_N, counts = torch.empty_like(row_N), (ctypes.c_int64 * members)()
         found = self._library.rs_picked_slots(
-            slot_RK.data_ptr(), slot_RK.stride(0), rows, top_k, first, slots, home_R.data_ptr(),
-            home_R.stride(0), members, pairs[0].data_ptr(), pairs[1].data_ptr(), counts,
+            slot_RK.data_ptr(), slot_RK.stride(0), rows, top_k, first, seen_S.shape[0],
+            home_R.data_ptr(), home_R.stride(0), members, row_N.data_ptr(), local_N.data_ptr(),
+            counts, seen_S.data_ptr(),
         )  # fmt: skip
-        return pairs[0, :found], pairs[1, :found], list(counts)
+        return row_N[:found], local_N[:found], list(counts)

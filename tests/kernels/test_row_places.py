@@ -52,7 +52,8 @@ def test_rows_go_where_their_slots_are(
         assert counts == [to.count(m) for m in range(members)]
 
         first, mine = slots // 3, slots // 2
-        row_N, slot_N, homes = each.picked(slot_RK, first, mine, home_R, members)
+        seen_S = torch.full((mine,), 5)
+        row_N, slot_N, homes = each.picked(slot_RK, first, seen_S, home_R, members)
         pairs = [
             (r, s - first)
             for r, row in enumerate(slot_RK.tolist())
@@ -62,3 +63,13 @@ def test_rows_go_where_their_slots_are(
         assert list(zip(row_N.tolist(), slot_N.tolist(), strict=True)) == pairs
         at = [int(home_R[r]) for r, _ in pairs]
         assert homes == [at.count(m) for m in range(members)]
+        assert seen_S.tolist() == [5 + slot_N.tolist().count(s) for s in range(mine)]
+
+        words_TW = torch.randint(-(2**31), 2**31, (rows, 6), generator=make).int()[:, 1:4]
+        row_N = torch.randint(0, rows + 3, (7,), generator=make).int()
+        packed = each.pack(words_TW, slot_RK, 3, row_N)
+        nothing = [0, 0, 0] + [-1] * top_k + [3]
+        assert packed.tolist() == [
+            [*words_TW[r].tolist(), *slot_RK[r].tolist(), 3] if r < rows else nothing
+            for r in row_N.tolist()
+        ]

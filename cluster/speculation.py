@@ -16,8 +16,10 @@ HOLD = 4  # steps for which a choice holds, unless the batch changes
 TRY_AGAIN = 500  # steps, at least, after which an unused depth is tried
 TRIALS = 0.001  # part of the time that trials of a depth may cost
 MARGIN = 1.03  # by which another depth must be predicted to be faster, and drafts at all
+CLOSE = 0.7  # of the best rate
 MEMORY = 256  # drafts that an acceptance is about
-LONGER, SHORTER = 0.05, 0.5  # weights of a new measurement of time: what took long was interrupted
+AT_FIRST = 16  # the same after it has lost for the first time, then four times as many, and so on
+LONGER = 0.02  # weight of a time longer than what is known: it may have been interrupted
 PAUSE = 1.25  # more than so many times what is known counts as that many
 
 
@@ -27,12 +29,14 @@ class Measured:
 
     acceptance[j]: part of the drafts j + 1 tokens ahead that came true, of those whose
     predecessors had. Of batches of the present size, by depth: seconds, of a step for each of its
-    sequences (None: not known), and unused, the steps since a depth was last used. depth: in use.
+    sequences (None: not known); unused, the steps since a depth was last used; lost, how often in
+    a row it was used and then left. depth: in use.
     """
 
     acceptance: tuple[float, ...]
     seconds: tuple[float | None, ...]
     unused: tuple[int, ...]
+    lost: tuple[int, ...]
     depth: int = 0
 
 
@@ -66,8 +70,11 @@ def choose_depth(measured: Measured) -> Choice:
         rates.append(tokens / seconds)
     best = max(range(len(rates)), key=lambda d: rates[d])
     for depth, rate in enumerate(rates):
-        lost = times[depth] / times[best] * (1 - rate / rates[best])  # by a step, in steps
-        if measured.unused[depth] >= max(TRY_AGAIN, HOLD * lost / TRIALS):
+        cost = times[depth] / times[best] * (1 - rate / rates[best])  # of a step, in steps
+        patience = max(TRY_AGAIN, HOLD * cost / TRIALS)
+        if rate > CLOSE * rates[best] or measured.lost[depth] <= 2:  # by slow steps, perhaps
+            patience = min(patience, AT_FIRST * 4 ** measured.lost[depth])
+        if measured.unused[depth] >= patience:
             return Choice(depth, tuple(rates))
     prospects = [rates[0] * MARGIN, *rates[1:]]
     best = max(range(len(rates)), key=lambda d: prospects[d])
@@ -92,6 +99,7 @@ class _Size:
     def __init__(self, most: int) -> None:
         self.seconds: list[float | None] = [None] * (most + 1)  # by depth, for each sequence
         self.used = [0] * (most + 1)  # by depth: the step in which it was used last
+        self.lost = [0] * (most + 1)
         self.steps = 0
 
 
@@ -118,6 +126,7 @@ class DraftMeter:
             tuple(s / t for s, t in zip(self._successes, self._trials, strict=True)),
             tuple(size.seconds),
             tuple(size.steps - used for used in size.used),
+            tuple(size.lost),
             self.choice.depth,
         )
 
@@ -128,8 +137,11 @@ class DraftMeter:
         size = self._size_of(batch)
         self._held -= 1
         if self._held <= 0 or size is not self._size:
+            before = self.choice.depth if size is self._size else None
             self._size, self._held = size, HOLD
             self.choice = policy(self.measured)
+            if before is not None:
+                size.lost[before] = 0 if before == self.choice.depth else size.lost[before] + 1
         self._batch = batch
         size.steps += 1
         size.used[self.choice.depth] = size.steps
@@ -171,4 +183,4 @@ class DraftMeter:
 
 def smoothed(old: float, new: float) -> float:
     """Seconds of what was measured again."""
-    return old + SHORTER * min(new - old, 0.0) + LONGER * max(min(new, PAUSE * old) - old, 0.0)
+    return min(new, old + LONGER * (min(new, PAUSE * old) - old))

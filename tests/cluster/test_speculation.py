@@ -19,6 +19,7 @@ from rayseek.cluster.next_token import edits
 from rayseek.cluster.request import Delta, FinishReason, Request, SamplingParams, Token
 from rayseek.cluster.sequence import Sequence
 from rayseek.cluster.speculation import (
+    AT_FIRST,
     MARGIN,
     TRY_AGAIN,
     Choice,
@@ -44,6 +45,7 @@ def measurements(draw: st.DrawFn) -> Measured:
         for_each(st.floats(0, 1), most),
         for_each(st.floats(1e-4, 1.0) | st.none()),
         for_each(st.integers(0, 3 * TRY_AGAIN)),
+        for_each(st.integers(0, 9)),
         draw(st.integers(0, most)),
     )
 
@@ -58,31 +60,35 @@ def test_a_depth_is_on_trial_or_has_the_best_prospect(measured: Measured) -> Non
     if choice.depth == len(known):
         hoped = expected_tokens(measured.acceptance[: len(known)]) / (known or [1.0])[-1]
         assert hoped > max(rates, default=0), "it could be best"
-    elif measured.unused[choice.depth] < TRY_AGAIN:
+    elif measured.unused[choice.depth] < min(
+        TRY_AGAIN, AT_FIRST * 4 ** measured.lost[choice.depth]
+    ):
         best = max(range(len(rates)), key=lambda d: rates[d])
         assert rates[choice.depth] * MARGIN**2 >= rates[best] * (1 - 1e-9)
         assert rates[choice.depth] >= rates[0], "never predicted to be slower than without drafts"
 
 
 def test_extremes() -> None:
-    fresh = (0, 0, 0)
+    fresh = (0, 0, 0), (9, 9, 9)
     sure, never = (1.0, 1.0), (0.0, 0.0)
     flat, steep = (0.010, 0.011, 0.012), (0.010, 0.021, 0.032)
-    assert choose_depth(Measured(never, flat, fresh, 2)).depth == 0
-    assert choose_depth(Measured(sure, flat, fresh, 0)).depth == 2
-    assert choose_depth(Measured((1.0, 0.0), flat, fresh, 0)).depth == 1
-    assert choose_depth(Measured(sure, steep, fresh, 2)).depth == 0, "a row costs a step of its own"
-    assert choose_depth(Measured(sure, (None,) * 3, fresh, 0)).depth == 0, "find out"
-    assert choose_depth(Measured(sure, (0.010, None, None), fresh, 0)).depth == 1
-    assert choose_depth(Measured(sure, (0.010, 0.021, None), fresh, 0)).depth == 2
-    assert choose_depth(Measured(sure, (0.010, 0.040, None), fresh, 0)).depth == 0, "no hope"
+    assert choose_depth(Measured(never, flat, *fresh, 2)).depth == 0
+    assert choose_depth(Measured(sure, flat, *fresh, 0)).depth == 2
+    assert choose_depth(Measured((1.0, 0.0), flat, *fresh, 0)).depth == 1
+    assert choose_depth(Measured(sure, steep, *fresh, 2)).depth == 0, (
+        "a row costs a step of its own"
+    )
+    assert choose_depth(Measured(sure, (None,) * 3, *fresh, 0)).depth == 0, "find out"
+    assert choose_depth(Measured(sure, (0.010, None, None), *fresh, 0)).depth == 1
+    assert choose_depth(Measured(sure, (0.010, 0.021, None), *fresh, 0)).depth == 2
+    assert choose_depth(Measured(sure, (0.010, 0.040, None), *fresh, 0)).depth == 0, "no hope"
 
 
 def test_a_choice_does_not_waver() -> None:
     """Two depths that are predicted to be about as good: whichever is in use, stays."""
     close = (0.010, 0.0195, 0.0290)
     for used in (1, 2):
-        assert choose_depth(Measured((1.0, 1.0), close, (0, 0, 0), used)).depth == used
+        assert choose_depth(Measured((1.0, 1.0), close, (0, 0, 0), (9, 9, 9), used)).depth == used
 
 
 def test_what_costs_more_is_tried_less_often() -> None:

@@ -1,7 +1,8 @@
 """The processes of a unit as its leader knows them: who is there, who answers, who belongs.
 
-The leader asks everybody how they are, each for itself, so that one who hangs delays nobody's
-answer. What follows from the answers is for `plan.py` and `unit.py`.
+The leader holds a call to each that returns with bad news only, and asks everybody how they are,
+each for itself, so that one who hangs delays nobody's answer. What follows from the answers is for
+`plan.py` and `unit.py`, what follows from a change for `plan_keeper.py`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ was: milliseconds where there is nothing to wait for, and seconds where processe
 ON_TIME = 1.1
 """A round of asking that took longer than this many times what it should counts the less for it: on
 a machine so busy that the leader itself comes late, others cannot answer in time either."""
+REFUSED_S = 30.0  # a refusal is told for so long, unless it is repeated
 AGREED = ("mode", "micro_batches")  # settings that all must have, or their exchanges do not match
 
 
@@ -63,13 +65,18 @@ class Hand:
 
 @dataclass(slots=True)
 class Crew:
-    """Of the unit of this name."""
+    """Of the unit of this name. exchange: the leader's settings. alone: an attention rank of it
+    needs no group to serve. changed: set when somebody comes, goes, or tells of a broken group."""
 
     unit: str
+    exchange: ExchangeSettings = field(default_factory=ExchangeSettings)
+    alone: bool = False
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
     hands: dict[str, Hand] = field(default_factory=dict)
     deaths: int = 0
     broken_epoch: int = -1
     slowest_s: float = 0.0  # answer, lately
+    refused: tuple[str, float] | None = None  # why a process was, and when
 
     @property
     def present(self) -> list[Member]:
@@ -86,14 +93,68 @@ class Crew:
             h.address for h in self.hands.values() if h.address and h.serves and not h.leaving
         )
 
-    def misfit(self, newcomer: Started, exchange: ExchangeSettings) -> str | None:
+    @property
+    def refusal(self) -> list[str]:
+        """Why a process was refused lately."""
+        lately = self.refused and time.monotonic() - self.refused[1] < REFUSED_S
+        return [self.refused[0]] if self.refused and lately else []
+
+    def admits(self, newcomer: Started) -> bool:
+        """Whether it may take part; if not, `refusal` says why."""
+        why = self.misfit(newcomer)
+        if why is not None:
+            if self.refused is None or self.refused[0] != why:
+                log.error("%s", why)
+            self.refused = (why, time.monotonic())
+        return why is None
+
+    def join(self, actor: Any, started: Started) -> Hand:
+        """Take a process in, and notice its death."""
+        name = started.member.name
+        hand = self.hands[name] = Hand(actor, started, serves=self.alone)
+        hand.watch = asyncio.create_task(self._watch(hand))
+        log.info("%s joins %s", name, self.unit)
+        if started.member.role == "attention":  # which decides what the others must be
+            for other in list(self.hands.values()):
+                if other.member.role == "expert" and not self.admits(other.started):
+                    self.part(other.member.name, "it does not belong here")
+        self.changed.set()
+        return hand
+
+    def part(self, name: str, why: str) -> None:
+        """Go on without it, if it is still here."""
+        hand = self.hands.pop(name, None)
+        if hand is None:
+            return
+        if hand.question is not None:
+            hand.question.cancel()
+        if hand.leaving:
+            log.info("%s leaves %s: %s", name, self.unit, why)
+        else:
+            log.error("%s is lost to %s: %s", name, self.unit, why)
+            self.deaths += 1
+        self.changed.set()
+
+    async def _watch(self, hand: Hand) -> None:
+        """Until it dies. A call that waits in the process fails some 20 ms after its death."""
+        try:
+            while True:
+                broken = await hand.actor.next_break.remote(hand.broken)
+                hand.broken = broken.epoch
+                if broken.epoch > self.broken_epoch:  # else it is late with old news
+                    self.broken_epoch = broken.epoch
+                    self.changed.set()
+        except ray.exceptions.RayError as error:
+            self.part(hand.member.name, last_line(error))
+
+    def misfit(self, newcomer: Started) -> str | None:
         """Why a process must not take part, or None: it would compute, or exchange, other things.
 
         The attention ranks decide what is right. None are there: nobody contradicts.
         """
         name = newcomer.member.name
         theirs = {s: getattr(newcomer.exchange, s) for s in AGREED}
-        ours = {s: getattr(exchange, s) for s in AGREED}
+        ours = {s: getattr(self.exchange, s) for s in AGREED}
         differing = [f"exchange.{s} is {theirs[s]} instead of {ours[s]}"
                      for s in AGREED if theirs[s] != ours[s]]  # fmt: skip
         known = next(
@@ -139,12 +200,6 @@ class Crew:
             if hand.silent_s >= patience_s:
                 answers[name] = None
         return answers
-
-    def forget(self, name: str) -> Hand | None:
-        hand = self.hands.pop(name, None)
-        if hand is not None and hand.question is not None:
-            hand.question.cancel()
-        return hand
 
 
 async def pulse_of(hand: Hand, unit: str) -> Pulse | None:

@@ -158,16 +158,16 @@ class Company(Unit):
     async def adopted(self, experts: int) -> bool:
         """Wait until a plan with so many expert ranks is followed by all."""
         async with asyncio.timeout(120):
-            while self._plan is None or len(self._plan.holders) != experts:
+            while (plan := self._plans.plan) is None or len(plan.holders) != experts:
                 await asyncio.sleep(0.02)
-            await self._adopted(self._plan)
+            await self._plans.adopted(plan)
         return True
 
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
-        if self._following is not None:
-            self._following.cancel()
+        if self._plans.following is not None:
+            self._plans.following.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for actor in self.actors.values():
             await actor.die()

@@ -124,7 +124,7 @@ async def test_damaged_copies_are_healed_in_mid_stream(tiny_path: Path) -> None:
     run_to_end(engine, lambda d: undisturbed[d.request_id].extend(map(chosen, d.tokens)))
 
     async with unit(tiny_path, experts=2, redundant=2) as company:
-        before = company._plan
+        before = company._plans.plan
         assert before is not None
         holders = [company.actors[before.members[rank].name].seat for rank in before.holders]
         server = holders[0]._copies
@@ -144,7 +144,7 @@ async def test_damaged_copies_are_healed_in_mid_stream(tiny_path: Path) -> None:
             company._load._rows[layer][:] = [9, 1, 9, 1, 9, 1, 9, 1]
         await company.rebalance()
         assert await asked == undisturbed
-        after = company._plan
+        after = company._plans.plan
         assert after is not None and after.placement.slots != before.placement.slots
         good, bad = [(await seat.pulse()).taken for seat in holders]
         assert good is not None and bad is not None

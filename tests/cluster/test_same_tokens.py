@@ -339,7 +339,7 @@ async def make_trouble(
 async def rebalance(company: Company) -> None:
     """As if load had come to the experts so that the last are the busiest."""
     await asyncio.sleep(0.2)
-    plan = company._plan
+    plan = company._plans.plan
     if plan is not None:
         for layer in plan.placement.slots:
             company._load._rows[layer][:] = range(8)

@@ -53,7 +53,7 @@ async def test_survivors_take_over_in_place(tiny_path: Path, undisturbed: Answer
     """8 experts on 3 holders, 3 on each; on two they need 4, for which 7 slots would be too few
     if the old ones stayed: they go layer by layer."""
     async with unit(tiny_path, experts=3) as company:
-        company._wanted = replace(company._wanted, room=Room(6, whole_layers=True))
+        company._plans.wanted = replace(company._plans.wanted, room=Room(6, whole_layers=True))
         asked = asyncio.ensure_future(answers(company, REQUESTS))
         await asyncio.sleep(0.2)
         before = {seat.name: slots_of(seat) for seat in holders(company)}
@@ -94,7 +94,7 @@ async def test_who_cannot_take_over_says_so_and_waits(
     tiny_path: Path, undisturbed: Answers
 ) -> None:
     async with unit(tiny_path, experts=2) as company:
-        company._wanted = replace(company._wanted, room=Room(6))
+        company._plans.wanted = replace(company._plans.wanted, room=Room(6))
         asked = asyncio.ensure_future(answers(company, REQUESTS))
         await asyncio.sleep(0.2)
         kept = {seat.name: slots_of(seat) for seat in holders(company)}

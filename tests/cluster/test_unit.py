@@ -62,7 +62,7 @@ async def test_expert_ranks_come_and_go_under_load(tiny_path: Path, undisturbed:
     """2 -> 5 -> 3: nothing fails, nothing differs, and all of them take part in between."""
     async with unit(tiny_path, experts=2, spares=3) as company:
         asked = asyncio.ensure_future(answers(company, requests(40)))
-        company._wanted = replace(company._wanted, experts=5)
+        company._plans.wanted = replace(company._plans.wanted, experts=5)
         await company.adopted(experts=5)
         for name in list((await company.status()).expert_ranks)[:2]:
             await company.detach(name)
@@ -74,7 +74,7 @@ async def test_a_rebalance_in_mid_stream_changes_no_token(
     tiny_path: Path, undisturbed: Answers
 ) -> None:
     async with unit(tiny_path, experts=2, redundant=2) as company:
-        before = company._plan
+        before = company._plans.plan
         assert before is not None
         asked = asyncio.ensure_future(answers(company, requests(40)))
         await asyncio.sleep(0.3)
@@ -82,7 +82,7 @@ async def test_a_rebalance_in_mid_stream_changes_no_token(
             company._load._rows[layer][:] = range(8)
         await company.rebalance()
         assert await asked == undisturbed
-        after = company._plan
+        after = company._plans.plan
         assert after is not None and after.placement.version > before.placement.version
         assert after.placement.slots != before.placement.slots
 

@@ -49,9 +49,10 @@ async def test_a_rank_of_other_weights_or_settings_is_refused(tiny_path: Path) -
 def test_what_must_agree_is_named() -> None:
     exchange = ExchangeSettings(mode="fixed", rebalance_s=1)
     newcomer = Started(Member("e", "expert", "n", "h:1"), None, "fp_1", exchange)
-    crew = Crew("unit")
-    assert crew.misfit(newcomer, ExchangeSettings(mode="fixed")) is None, "the rest is the leader's"
-    why = crew.misfit(newcomer, ExchangeSettings(mode="auto", micro_batches=2)) or ""
+    fixed = Crew("unit", ExchangeSettings(mode="fixed"))
+    assert fixed.misfit(newcomer) is None, "the rest is the leader's"
+    other = Crew("unit", ExchangeSettings(mode="auto", micro_batches=2))
+    why = other.misfit(newcomer) or ""
     assert "exchange.mode is fixed instead of auto" in why and "micro_batches is 1" in why
 
 
@@ -61,7 +62,7 @@ async def test_an_expert_rank_works_for_one_unit(
     """Whatever two leaders believe: the rank knows, and lets go only when its unit is dead."""
     async with unit(tiny_path, experts=1) as company:
         (actor,) = [a for a in company.actors.values() if isinstance(a.seat, ExpertRank)]
-        rank, plan = actor.seat, company._plan
+        rank, plan = actor.seat, company._plans.plan
         assert isinstance(rank, ExpertRank) and plan is not None
         assert await rank.works_for() == "unit"
         with pytest.raises(Elsewhere, match="works for unit, not for other"):

@@ -45,7 +45,7 @@ class Targets:
 class Need:
     """Units of one role. busy: part of their room or time in use. tokens_s: of a GPU of a full
     unit, whose ranks have `batch` rows; limit: what keeps it from more. seconds: at this load, to
-    the first token, or between two.
+    the first token, or between two. step_s: of a decode unit that has as much as it may.
     """
 
     role: Role
@@ -55,6 +55,7 @@ class Need:
     tokens_s: float
     batch: int
     seconds: float
+    step_s: float
     limit: str
 
 
@@ -92,33 +93,37 @@ def needs(
             "first token"
         )
 
-    def fewest(role: Role) -> tuple[int, Pace]:
-        def enough(units: int) -> bool:
-            found = pace(role, units, load.requests_s)
-            first = found.first_s if role == computes else 0.0
-            between = found.step_s / kept if role == "decode" else 0.0
-            return first <= FILLED * targets.first_token_s and between <= FILLED * targets.token_s
+    def keeps(role: Role, units: int, requests_s: float) -> bool:
+        found = pace(role, units, requests_s)
+        first = found.first_s if role == computes else 0.0
+        between = found.step_s / kept if role == "decode" else 0.0
+        return first <= FILLED * targets.first_token_s and between <= FILLED * targets.token_s
 
+    counts: dict[Role, int] = {}
+    for role in config.units:
         at_least = math.ceil(work[role] / config.units[role].attention_ranks / FILLED)
-        range_ = range(max(1, at_least), MOST_UNITS)
-        units = range_.start + bisect_left(range_, True, key=enough)
-        if units >= MOST_UNITS:
+        several = range(max(1, at_least), MOST_UNITS)
+        found = bisect_left(several, True, key=lambda n: keeps(role, n, load.requests_s))
+        if found == len(several):
             raise ValueError(
                 f"{MOST_UNITS} units are not enough for {load.requests_s:g} requests/s"
             )
-        return units, pace(role, units, load.requests_s)
+        counts[role] = several[found]
 
-    found = {role: fewest(role) for role in config.units}
+    def need(role: Role, of: Role, gpu: float, many: int, step_s: float, limit: str) -> Need:
+        units, ranks = counts[of], config.units[of].attention_ranks
+        at_load = pace(of, units, load.requests_s)
+        seconds = at_load.first_s if role == "prefill" else at_load.step_s / kept
+        gpus, busy = units * ranks if role == of else 0, work[of] / units / ranks
+        return Need(role, units, gpus, busy, gpu, many, seconds, step_s, limit)
 
-    def need(role: Role, of: Role, gpu: float, many: int, seconds: float, limit: str) -> Need:
-        units, ranks = found[of][0], config.units[of].attention_ranks
-        gpus = units * ranks if role == of else 0
-        return Need(role, units, gpus, work[of] / units / ranks, gpu, many, seconds, limit)
-
-    first, between = found[computes][1].first_s, found["decode"][1].step_s / kept
+    full = load.requests_s * FILLED * config.decode.attention_ranks / work["decode"]
+    parts = range(1, 100)
+    part = bisect_left(parts, True, key=lambda x: not keeps("decode", 1, full * x / 100))
+    most_step_s = pace("decode", 1, full * (part + 1) / 100).step_s
     return [
-        need("prefill", computes, prompt_gpu, rows, first, prompt_step.limit),
-        need("decode", "decode", per_gpu, batch, between, limit),
+        need("prefill", computes, prompt_gpu, rows, 0.0, prompt_step.limit),
+        need("decode", "decode", per_gpu, batch, most_step_s, limit),
     ]
 
 

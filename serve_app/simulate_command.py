@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from rayseek.cluster.capacity import FILLED, Load, Need, Targets, tokens_kept
+from rayseek.cluster.capacity import Load, Need, Targets
 from rayseek.cluster.config import Config, Role
 from rayseek.cluster.outcome import Outcome
 from rayseek.cluster.scaling_settings import AutoscalingSettings, Range
@@ -78,7 +78,7 @@ def simulate(
     }
     if arguments.scale:
         peak = {need.role: need.units for need in at_peak} or units
-        step_s = FILLED * targets.token_s * tokens_kept(config, load.accepted)
+        step_s = next((need.step_s for need in needed if need.role == "decode"), None)
         scaled = run("scaled", _scaling(config, units, peak, step_s))
         mean = {role: max(1, round(scaled.outcome.mean_units(role))) for role in config.units}
         runs = [scaled, run("fixed", _fixed(config, mean))]
@@ -170,7 +170,7 @@ def _fixed(config: Config, units: Mapping[Role, int]) -> Config:
 
 
 def _scaling(
-    config: Config, units: Mapping[Role, int], peak: Mapping[Role, int], step_s: float
+    config: Config, units: Mapping[Role, int], peak: Mapping[Role, int], step_s: float | None
 ) -> Config:
     """With a range for each role: the config's, or up to somewhat more than the peak needs.
 
@@ -178,7 +178,7 @@ def _scaling(
     """
     settings, start = config.autoscaling, dict(units)
     changes: dict[str, object] = {}
-    if "inter_token_s" not in settings.model_fields_set:
+    if step_s and "inter_token_s" not in settings.model_fields_set:
         changes["inter_token_s"] = step_s
     for role, count in units.items():
         most = max(count, math.ceil(ROOM * peak[role]))

@@ -187,10 +187,12 @@ class Crew:
             await asyncio.wait(questions, timeout=within_s)
         now = time.monotonic()
         answers: dict[str, Pulse | None] = {}
-        answered = [h.took_s for h in hands.values() if h.question and h.question.done()]
+        answered = [h.took_s for h in self.hands.values() if h.question and h.question.done()]
         self.slowest_s = max([self.slowest_s / 2, *answered])
         patience_s = min(patience_s + STARVED * self.slowest_s, 3 * patience_s)
         for name, hand in hands.items():
+            if name not in self.hands:
+                continue  # it parted meanwhile, and its question was cancelled
             if hand.question is not None and hand.question.done():
                 answers[name], hand.question = hand.question.result(), None
                 continue

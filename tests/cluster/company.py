@@ -63,12 +63,14 @@ class Direct:
 
         answer = asyncio.ensure_future(carry_out())
         death = asyncio.ensure_future(self.dead.wait())
-        await asyncio.wait([answer, death], return_when=asyncio.FIRST_COMPLETED)
-        if self.dead.is_set():
+        try:
+            await asyncio.wait([answer, death], return_when=asyncio.FIRST_COMPLETED)
+            if self.dead.is_set():
+                raise ray.exceptions.ActorDiedError
+            return answer.result()
+        finally:
             answer.cancel()
-            raise ray.exceptions.ActorDiedError
-        death.cancel()
-        return answer.result()
+            death.cancel()
 
     async def die(self) -> None:
         """As a process does: everything closes, nobody is told but through the sockets."""

@@ -230,6 +230,14 @@ async def test_who_hangs_delays_nobodys_answer() -> None:
     assert await crew.pulses(0.01, 60) == {"well": fine, "hung": fine}
 
 
+async def test_who_parts_while_it_is_asked_is_left_out() -> None:
+    crew, going = Crew("unit"), Asked()
+    started = Started(Member("going", "expert", "n", ""), None, "", ExchangeSettings())
+    crew.hands["going"] = Hand(going, started)
+    asyncio.get_running_loop().call_later(0.05, crew.part, "going", "it died")
+    assert await crew.pulses(5, 0) == {}
+
+
 async def test_where_all_are_slow_nobody_is_silent_yet() -> None:
     """A machine on which answers take long is busy; patience is three times what it was at most."""
     crew, slow, hung = Crew("unit"), Asked(), Asked()

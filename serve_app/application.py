@@ -11,9 +11,11 @@ from typing import Any
 from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 
-from rayseek.cluster.autoscaling import autoscaling_policy
+from rayseek.cluster.autoscaling import autoscaling_policy, replica_ranges, serve_scaling
 from rayseek.cluster.config import Config
+from rayseek.cluster.layout import layout
 from rayseek.model.config import ModelConfig
+from rayseek.model.official import DEEPSEEK_V3
 from rayseek.serve_app.deploy import APP_NAME, build
 from rayseek.serve_app.grpc_door import SERVICER_FUNCTIONS
 from rayseek.serve_app.ingress import api_settings
@@ -65,7 +67,14 @@ def serve_config(config: Config) -> dict[str, Any]:
         }
     ]
     if policy := autoscaling_policy(config):
+        ranges = replica_ranges(config)
         file["applications"][0]["autoscaling_policy"] = policy
+        # Were they first named by a later file, Serve would take it for other code: all is replaced.
+        file["applications"][0]["deployments"] = [
+            {"name": d.name, "autoscaling_config": serve_scaling(ranges[d.name], d.replicas)}
+            for d in layout(config, DEEPSEEK_V3).deployments  # the same for a smaller model
+            if d.name in ranges
+        ]
     ServeDeploySchema.model_validate(file)
     return file
 

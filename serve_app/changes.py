@@ -107,12 +107,12 @@ def _summary(application: Mapping[str, Any]) -> str:
 class Changes:
     """Makes one change after the other, in a fixed order, and waits for each.
 
-    file: of the running application, made from `config`.
+    file: of the running application, made from `config`, with all changes so far.
     """
 
     def __init__(self, api: ServeApi, config: Config, file: File) -> None:
         self._api = api
-        self._file: File = file
+        self.file: File = file
         deployments = layout(config, DEEPSEEK_V3).deployments  # the same for a smaller model
         self._cpus = {d.name: d.replica_cpus for d in deployments}
         self._ranges = replica_ranges(config)
@@ -139,16 +139,16 @@ class Changes:
     def _all_updates(self) -> Iterator[tuple[str, File]]:
         for number in itertools.count(1):
             for name, cpus in self._cpus.items():
-                self._file = replaced(self._file, name, cpus + number * GRAIN)
-                yield name, self._file
-            self._file = reconfigured(self._file, number)
-            yield "everything", self._file
+                self.file = replaced(self.file, name, cpus + number * GRAIN)
+                yield name, self.file
+            self.file = reconfigured(self.file, number)
+            yield "everything", self.file
 
     def _all_scalings(self) -> Iterator[tuple[str, int, File]]:
         for turn in itertools.cycle((1, 0)):  # up, then down
             for name, counts in self._counts.items():
-                self._file = counted(self._file, name, counts[turn], name in self._ranges)
-                yield name, counts[turn], self._file
+                self.file = counted(self.file, name, counts[turn], name in self._ranges)
+                yield name, counts[turn], self.file
 
 
 def replaced(file: File, deployment: str, cpus: float) -> File:

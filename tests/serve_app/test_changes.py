@@ -80,6 +80,22 @@ def test_every_deployment_is_updated_alone_and_then_all(tmp_path: Path) -> None:
     assert entries[5]["Prefill"] != entries[0]["Prefill"]
 
 
+def test_only_an_update_of_all_is_other_code_to_serve(tmp_path: Path) -> None:
+    """Else Serve would replace every replica where one deployment changes."""
+    from ray.serve._private.deploy_utils import get_app_code_version
+    from ray.serve.schema import ServeDeploySchema
+
+    api, made = changes(tmp_path)
+    first = made.file
+    for make in (made.scale, made.scale, *[made.update] * 5):
+        make(1)
+    codes = [
+        get_app_code_version(ServeDeploySchema.model_validate(file).applications[0])
+        for file in (first, *api.files)
+    ]
+    assert len(set(codes[:-1])) == 1 and codes[-1] != codes[0]
+
+
 def test_numbers_go_up_and_down_within_the_ranges(tmp_path: Path) -> None:
     _, made = changes(tmp_path)
     assert [made.scale(1) for _ in range(5)] == [

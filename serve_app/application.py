@@ -69,7 +69,7 @@ def serve_config(config: Config) -> dict[str, Any]:
     if policy := autoscaling_policy(config):
         ranges = replica_ranges(config)
         file["applications"][0]["autoscaling_policy"] = policy
-        # Were they first named by a later file, Serve would take it for other code: all is replaced.
+        # First named by a later file, they would look like other code, and all would be replaced.
         file["applications"][0]["deployments"] = [
             {"name": d.name, "autoscaling_config": serve_scaling(ranges[d.name], d.replicas)}
             for d in layout(config, DEEPSEEK_V3).deployments  # the same for a smaller model

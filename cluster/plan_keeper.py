@@ -25,6 +25,7 @@ log = logging.getLogger("rayseek.unit")
 LOOK_S = 1.0  # at what is to be changed, should nobody tell
 SETTLE_S = 0.03  # deaths come in groups: a node takes several ranks with it
 RETRY_S = 0.2
+SUCCESSOR_S = 5.0  # of patience, where an expert rank has worked before: requests may be waiting
 ANSWER_S = 1.0
 
 
@@ -55,8 +56,10 @@ class PlanKeeper:
         return found + ([self._why] if self._why else [])
 
     def heard_of(self, epoch: int) -> None:
-        """Plans up to this one are known somewhere; those to come are to be newer."""
+        """An expert rank knows plans up to this one (-1: none); those to come are to be newer."""
         self._epoch = max(self._epoch, epoch)
+        if epoch >= 0:
+            self._patience_s = min(self._patience_s, SUCCESSOR_S)
 
     def rebalance(self) -> None:
         """Spread the experts anew by their load, now."""

@@ -18,7 +18,9 @@ from rayseek.cluster.config import ExchangeSettings
 from rayseek.cluster.crew import Crew, Hand
 from rayseek.cluster.dispatch import Dispatcher
 from rayseek.cluster.engine import Engine
-from rayseek.cluster.plan import Member, Pulse
+from rayseek.cluster.expert_load import ExpertLoad
+from rayseek.cluster.plan import Member, Pulse, Role, Wanted
+from rayseek.cluster.plan_keeper import PlanKeeper
 from rayseek.cluster.rank import Elsewhere, ExpertRank, Started
 from rayseek.cluster.request import FinishReason, Request, SamplingParams
 from tests.cluster.company import SETTINGS, Company, dispatcher, unit
@@ -228,6 +230,37 @@ async def test_who_hangs_delays_nobodys_answer() -> None:
     assert (well.calls, hung.calls) == (2, 1)
     hung.answer.set_result(fine)
     assert await crew.pulses(0.01, 60) == {"well": fine, "hung": fine}
+
+
+class Obedient:
+    """An actor's handle; whatever it is asked for, it has done."""
+
+    def __getattr__(self, name: str) -> Obedient:
+        return self
+
+    async def remote(self, *arguments: object) -> int:
+        return 2**62  # as an epoch: it follows every plan
+
+
+async def test_a_leader_that_succeeds_another_waits_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two expert ranks is gone for good; the other has worked for the dead leader."""
+    monkeypatch.setattr("rayseek.cluster.plan_keeper.SUCCESSOR_S", 0.1)
+    monkeypatch.setattr("rayseek.cluster.plan_keeper.LOOK_S", 0.05)
+    wanted, crew = Wanted(1, 2, 0, 4, 1, (1,)), Crew("unit")
+    keeper = PlanKeeper(crew, wanted, ExpertLoad((1,), 4, 60), lambda _: None, 1000, 5)
+    roles: tuple[Role, ...] = ("attention", "expert")
+    for role in roles:
+        started = Started(Member(role, role, "n", ""), None, "", ExchangeSettings())
+        crew.hands[role] = Hand(Obedient(), started)
+    task = asyncio.create_task(keeper.keep())
+    keeper.heard_of(-1)
+    await asyncio.sleep(0.5)
+    assert keeper.plan is None and keeper.problems == ["waiting for 1 more ranks"]
+    keeper.heard_of(7)
+    async with asyncio.timeout(10):
+        while keeper.plan is None:
+            await asyncio.sleep(0.01)
+    task.cancel()
 
 
 async def test_who_parts_while_it_is_asked_is_left_out() -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,9 @@ def serve_config(config: Config) -> dict[str, Any]:
             for d in layout(config, DEEPSEEK_V3).deployments  # the same for a smaller model
             if d.name in ranges
         ]
-    ServeDeploySchema.model_validate(file)
+    # Serve deprecates metrics_interval_s, but reads nothing else in its place.
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        ServeDeploySchema.model_validate(file)
     return file
 
 

@@ -61,6 +61,7 @@ def test_mistakes_are_explained(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning")
 @pytest.mark.parametrize("name", shipped_configs())
 def test_rendered_files_are_what_serve_expects(
     name: str, capsys: pytest.CaptureFixture[str]

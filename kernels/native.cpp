@@ -87,6 +87,13 @@ int rs_init() {
 #endif
     return use_amx;
 }
+int rs_narrow() {
+#ifdef RS_NARROW
+    return 1;
+#else
+    return 0;
+#endif
+}
 void rs_set_amx(int on) { use_amx = on && rs_init(); }
 void rs_set_threads(int n) { pool().resize(n); }
 

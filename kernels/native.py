@@ -43,20 +43,24 @@ class NativeOps:
         self.kv_dtype = kv_dtype
         self.library, self.amx = load_native(target)
         self.library.rs_set_threads(threads)
+        self._narrow = bool(self.library.rs_narrow())
 
     def pack(self, weight: Weight) -> NativeWeight:
-        return pack_matrix([weight])
+        return pack_matrix([weight], self._narrow)
 
     def pack_stack(self, weights: list[Weight]) -> NativeWeight:
-        return pack_matrix(weights)
+        return pack_matrix(weights, self._narrow)
 
     def pack_heads(
         self, kv_b: Weight, heads: int, nope: int, value: int
     ) -> tuple[NativeWeight, NativeWeight]:
-        return pack_latent_heads(kv_b, heads, nope, value)
+        return pack_latent_heads(kv_b, heads, nope, value, self._narrow)
 
     def pack_experts(self, gate_up: list[list[Weight]], down: list[Weight]) -> NativeExperts:
-        return NativeExperts([pack_matrix(x) for x in gate_up], [pack_matrix([x]) for x in down])
+        return NativeExperts(
+            [pack_matrix(x, self._narrow) for x in gate_up],
+            [pack_matrix([x], self._narrow) for x in down],
+        )
 
     def linear(
         self,

@@ -75,7 +75,7 @@ def load_native(target: str = "native") -> tuple[ctypes.CDLL, bool]:
     for name in ("rs_experts", "rs_expert_rows", "rs_combine", "rs_pass", "rs_drafts"):
         getattr(library, name).restype = INT
     library.rs_wanted_rows.restype = library.rs_picked_slots.restype = LONG
-    library.rs_init.restype = INT
+    library.rs_init.restype = library.rs_narrow.restype = INT
     return library, bool(library.rs_init())
 
 

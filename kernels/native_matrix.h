@@ -105,7 +105,7 @@ static inline v16 sigmoid(v16 x) { return 1.f / (1.f + vexp(-x)); }
 
 enum Slot {
     ROW, TILES, HIDDEN, EXPERT_OUT, PAIRS, LATENT_Q, LATENT_OUT, QUERIES, POSITIONS, VALUES, STATE,
-    OUTPUT, LOGITS, RANKS, PASS, AHEAD, FP8_ROW, EXPANDED, SLOTS
+    OUTPUT, LOGITS, RANKS, PASS, AHEAD, WIDE, FP8_ROW, EXPANDED, SLOTS
 };
 
 struct Buffers {  // grown once, reused by every call of this thread
@@ -252,18 +252,58 @@ template <class F> static void for_chunks(long rows, F fn) {  // fn(first row, n
 
 // [n, k] packed as [heads][n / 16][k / 32][planes][16 pairs of k][16 n][2] bfloat16. More than one
 // plane (a float32 matrix as a sum of bfloat16 ones) are summed. scale, if any, multiplies the
-// sum over each 128 values of k: [heads][k / 128][n padded to 16].
+// sum over each 128 values of k: [heads][k / 128][n padded to 16]. A narrow matrix has a byte a
+// value, e4m3 as `widen` takes them: half of what a step of few rows waits for is then not read.
 struct Packed {
     const u16* data;
     const float* scale;
-    int32_t n, k, planes, heads;
+    int32_t n, k, planes, heads, narrow;
     long ntiles() const { return (n + 15) / 16; }
     long ktiles() const { return (k + 31) / 32; }
-    const u16* head(long h) const { return data + h * ntiles() * ktiles() * planes * 512; }
+    long values() const { return ntiles() * ktiles() * planes * 512; }  // of a head
+    const u16* head(long h) const { return data + h * values(); }
+    const uint8_t* narrow_head(long h) const {
+        return narrow ? (const uint8_t*)data + h * values() : nullptr;
+    }
     const float* head_scale(long h) const {
         return scale ? scale + h * ((k + 127) / 128) * ntiles() * 16 : nullptr;
     }
 };
+
+#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
+#define RS_NARROW 1
+struct Halves {  // of the bfloat16 of each e4m3 number that is not negative
+    alignas(64) uint8_t low[128], high[128];
+    Halves() {
+        for (int i = 0; i < 128; i++) {
+            int e = i >> 3, m = i & 7;
+            float x = i == 127 ? NAN : e ? std::ldexp(8.f + m, e - 10) : std::ldexp((float)m, -9);
+            uint32_t bits;
+            memcpy(&bits, &x, 4);
+            low[i] = (uint8_t)(bits >> 16), high[i] = (uint8_t)(bits >> 24);
+        }
+    }
+};
+static const Halves HALVES;
+
+// `count` times 64 values: in each 128 bits 8 of the first half, then 8 of the second. What is
+// `ahead` bytes further on is asked for.
+static inline void widen(const uint8_t* from, long count, long ahead, u16* to) {
+    const __m512i l0 = _mm512_load_si512(HALVES.low), l1 = _mm512_load_si512(HALVES.low + 64);
+    const __m512i h0 = _mm512_load_si512(HALVES.high), h1 = _mm512_load_si512(HALVES.high + 64);
+    const __m512i sign = _mm512_set1_epi8((char)0x80);
+    for (long i = 0; i < count; i++, from += 64, to += 64) {
+        __builtin_prefetch(from + ahead);
+        __m512i x = _mm512_loadu_si512(from), low = _mm512_permutex2var_epi8(l0, x, l1);
+        __m512i high = _mm512_permutex2var_epi8(h0, x, h1);
+        high = _mm512_ternarylogic_epi64(high, x, sign, 0xf8);  // high | (x & sign)
+        _mm512_store_si512(to, _mm512_unpacklo_epi8(low, high));
+        _mm512_store_si512(to + 32, _mm512_unpackhi_epi8(low, high));
+    }
+}
+#else
+static inline void widen(const uint8_t*, long, long, u16*) {}  // nothing is packed so
+#endif
 
 struct Norm { const float* weight; float eps; };
 struct Input { const float* at; long stride; const int32_t* index; };  // row i: index[i] or i
@@ -390,14 +430,22 @@ static void split_rows(const Input& x, long first, long m, long k, const Norm* n
 }
 
 #ifdef RS_AMX
+// With `narrow`, b is made of it, four tiles at a time, before the four before them are multiplied.
 template <int MB, int NB>
-static void amx_block(const u16* a, const u16* b, const float* scale, const Packed& w, long row,
-                      long m, long col, long ahead, const Output& out) {
+static void amx_block(const u16* a, u16* b, const uint8_t* narrow, const float* scale,
+                      const Packed& w, long row, long m, long col, long ahead, const Output& out) {
     long kt = w.ktiles();
+    auto make = [&](long k) {
+        for (long j = 0; j < NB; j++)
+            widen(narrow + (j * kt + k) * 512, (std::min(k + 4, kt) - k) * 8, ahead,
+                  b + (j * kt + k) * 512);
+    };
     alignas(64) v16 c[MB * NB][16];
+    if (narrow) make(0);
     scaled<MB * 16, NB>([&](long k0, long k1, v16* to) {
-        amx_sweep<MB, NB>(a, kt * 512, b, kt * w.planes * 512, w.planes, k0, k1, ahead,
-                          (v16(*)[16])to);
+        if (narrow && k1 < kt) make(k1);
+        amx_sweep<MB, NB>(a, kt * 512, b, kt * w.planes * 512, w.planes, k0, k1,
+                          narrow ? 0 : ahead, (v16(*)[16])to);
     }, kt, scale, w.ntiles() * 16, c[0]);
     for (int i = 0; i < MB; i++)
         for (int t = 0; t < TOKENS && i * TOKENS + t < m; t++)
@@ -423,6 +471,7 @@ static void soft_block(const float* a, const u16* b, const float* scale, const P
 // out[first + i] = rows[first + i] @ head h of w, for the m rows that split_rows has prepared.
 static void multiply(const Packed& w, long h, long first, long m, const Output& out) {
     const u16* data = w.head(h);
+    const uint8_t* narrow = w.narrow_head(h);
     const float* scale = w.head_scale(h);
     long kt = w.ktiles(), nt = w.ntiles();
 #ifdef RS_AMX
@@ -430,15 +479,19 @@ static void multiply(const Packed& w, long h, long first, long m, const Output& 
         const u16* a = scratch<u16>(TILES, 0);
         long panel = kt * w.planes * 512, ahead = panel > 64 * 512 ? 8 * 512 : 2 * panel;
         long some = std::max(2l, 128 * 1024 / panel / 2 * 2);  // tile columns: 256 KiB, kept in L2
+        const bool again = m > 2 * TOKENS;  // what was made of a narrow one is used more than once
+        u16* made = narrow ? scratch<u16>(WIDE, (again ? some : 2) * panel) : nullptr;
         for (long n0 = 0; n0 < nt; n0 += some)
             for (long i = 0; i < m; i += 2 * TOKENS)
                 for (long n = n0; n < std::min(n0 + some, nt); n += 2) {
-                    const u16 *ai = a + i / TOKENS * kt * 512, *b = data + n * panel;
+                    const u16* ai = a + i / TOKENS * kt * 512;
+                    u16* b = narrow ? made + (again ? n - n0 : 0) * panel : (u16*)data + n * panel;
+                    const uint8_t* from = narrow && !i ? narrow + n * panel : nullptr;
                     const float* s = scale ? scale + n * 16 : nullptr;
                     bool tall = m - i > TOKENS, wide = n + 1 < nt;
                     auto block = tall ? (wide ? amx_block<2, 2> : amx_block<2, 1>)
                                       : (wide ? amx_block<1, 2> : amx_block<1, 1>);
-                    block(ai, b, s, w, first + i, m - i, n * 16, i ? 0 : ahead, out);
+                    block(ai, b, from, s, w, first + i, m - i, n * 16, i ? 0 : ahead, out);
                 }
         return;
     }
@@ -446,6 +499,11 @@ static void multiply(const Packed& w, long h, long first, long m, const Output& 
     const float* a = scratch<float>(TILES, 0);
     for (long n = 0; n < nt; n++) {
         const u16* b = data + n * kt * w.planes * 512;
+        if (narrow) {
+            u16* all = scratch<u16>(WIDE, kt * 512);
+            widen(narrow + n * kt * 512, kt * 8, 0, all);
+            b = all;
+        }
         const float* s = scale ? scale + n * 16 : nullptr;
         long i = 0;
         for (; i + 4 <= m; i += 4) soft_block<4>(a + i * kt * 32, b, s, w, first + i, n * 16, out);

@@ -1,8 +1,9 @@
 """Matrices in the layout that `native.cpp` multiplies by, and their packing.
 
 A matrix [n, k] becomes tiles of 16 columns of the result by 32 values of k, pairs of k together:
-what an AMX tile is loaded with. Values stay exact: bf16 as they are, e4m3 as bf16 with their
-block scales beside them, float32 as a sum of up to three bf16 planes.
+what an AMX tile is loaded with. Values stay exact: bf16 as they are, e4m3 as its bytes where the
+CPU can widen them, else as bf16, with block scales beside, float32 as a sum of up to three bf16
+planes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class _Struct(ctypes.Structure):
         ("k", ctypes.c_int32),
         ("planes", ctypes.c_int32),
         ("heads", ctypes.c_int32),
+        ("narrow", ctypes.c_int32),
     )
 
 
@@ -38,7 +40,10 @@ class NativeWeight:
     __slots__ = ("address", "data", "k", "n", "scale", "struct")
 
     def __init__(self, planes_HPNK: Tensor, scale_HBN: Tensor | None = None) -> None:
-        """planes bf16 [H, P, N, K]; scale float32 [H, ceil(K/128), N] by column, or none."""
+        """planes bf16 [H, P, N, K]; scale float32 [H, ceil(K/128), N] by column, or none.
+
+        Of e4m3, planes may be its bytes, uint8 [H, 1, N, K], with a scale.
+        """
         heads, planes, n, k = planes_HPNK.shape
         padded = pad(planes_HPNK, (0, -k % DEPTH, 0, -n % COLUMNS))
         tiled = padded.view(
@@ -47,9 +52,12 @@ class NativeWeight:
         )  # fmt: skip
         self.n, self.k = n, k
         self.data = tiled.permute(0, 2, 4, 1, 5, 3, 6).contiguous()
+        narrow = self.data.dtype is torch.uint8
+        if narrow:  # as `widen` of native_matrix.h takes them
+            self.data = self.data.view(-1, 2, 4, 8).transpose(1, 2).contiguous()
         self.scale = None if scale_HBN is None else pad(scale_HBN, (0, -n % COLUMNS)).contiguous()
         scale = None if self.scale is None else self.scale.data_ptr()
-        self.struct = _Struct(self.data.data_ptr(), scale, n, k, planes, heads)
+        self.struct = _Struct(self.data.data_ptr(), scale, n, k, planes, heads, narrow)
         self.address = ctypes.addressof(self.struct)
 
 
@@ -64,11 +72,11 @@ class NativeExperts:
         self.down_array = (_Struct * len(down))(*(w.struct for w in down))
 
 
-def pack_matrix(weights: list[Weight]) -> NativeWeight:
-    """Matrices of one K, one below the other."""
+def pack_matrix(weights: list[Weight], narrow: bool = False) -> NativeWeight:
+    """Matrices of one K, one below the other. narrow: e4m3 is kept as bytes."""
     stored = {(weight.data.dtype, weight.scale_inv is not None) for weight in weights}
     if stored == {(torch.float8_e4m3fn, True)}:
-        data = torch.cat([weight.data.to(torch.bfloat16) for weight in weights])
+        data = torch.cat([_e4m3(weight.data, narrow) for weight in weights])
         scale = torch.cat([_scale_by_row(weight) for weight in weights])
         return NativeWeight(data[None, None], scale.T[None])
     if stored == {(torch.bfloat16, False)}:
@@ -77,13 +85,13 @@ def pack_matrix(weights: list[Weight]) -> NativeWeight:
 
 
 def pack_latent_heads(
-    kv_b: Weight, heads: int, nope: int, value: int
+    kv_b: Weight, heads: int, nope: int, value: int, narrow: bool = False
 ) -> tuple[NativeWeight, NativeWeight]:
     """kv_b_proj [H*(N+V), C] as W_UK, contracted over N, and W_UV, contracted over C."""
     if kv_b.scale_inv is None:
         planes = _planes(kv_b.data)
     else:
-        scaled = _pack_scaled_heads(kv_b, heads, nope, value)
+        scaled = _pack_scaled_heads(kv_b, heads, nope, value, narrow)
         if scaled is not None:
             return scaled
         planes = _planes(dequantise_ref(kv_b))
@@ -92,7 +100,7 @@ def pack_latent_heads(
 
 
 def _pack_scaled_heads(
-    kv_b: Weight, heads: int, nope: int, value: int
+    kv_b: Weight, heads: int, nope: int, value: int, narrow: bool
 ) -> tuple[NativeWeight, NativeWeight] | None:
     """The same of e4m3, kept exact; None where a head's W_UK cuts scale blocks unevenly."""
     assert kv_b.scale_inv is not None
@@ -101,13 +109,17 @@ def _pack_scaled_heads(
     first = block[:, ::BLOCK]
     if not bool((first.repeat_interleave(BLOCK, 1)[:, :nope] == block).all()):
         return None
-    data = kv_b.data.to(torch.bfloat16).view(heads, 1, nope + value, -1)
+    data = _e4m3(kv_b.data, narrow).view(heads, 1, nope + value, -1)
     columns = kv_b.scale_inv.float().repeat_interleave(BLOCK, 1)[:, : data.shape[-1]]
     by_row = _scale_by_row(kv_b).view(heads, nope + value, -1)[:, nope:]
     return (
         NativeWeight(data[:, :, :nope].transpose(2, 3), columns[first]),
         NativeWeight(data[:, :, nope:], by_row.transpose(1, 2)),
     )
+
+
+def _e4m3(data: Tensor, narrow: bool) -> Tensor:
+    return data.view(torch.uint8) if narrow else data.to(torch.bfloat16)
 
 
 def _scale_by_row(weight: Weight) -> Tensor:

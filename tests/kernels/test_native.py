@@ -64,6 +64,17 @@ def close(got: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
 kinds = pytest.mark.parametrize("kind", ["bf16", "fp8", "f32"])
 
 
+@pytest.mark.parametrize("rows", [1, 4, 9, 160])
+def test_every_e4m3_number_is_exact(ops: NativeOps, rows: int) -> None:
+    """Also where it is kept as a byte, and where columns or values of k fill a part of a tile."""
+    numbers = torch.arange(256, dtype=torch.uint8)
+    numbers = numbers[(numbers & 0x7F) != 0x7F].repeat(21)[: 40 * 130].view(40, 130)
+    w = Weight(numbers.view(torch.float8_e4m3fn), torch.ones(1, 2))
+    packed = ops.pack(w)
+    got = torch.cat([ops.linear(part, packed) for part in torch.eye(160, 130).split(rows)])
+    assert torch.equal(got[:130].T, numbers.view(torch.float8_e4m3fn).float())
+
+
 @kinds
 @pytest.mark.parametrize(
     "t, n, k", [(1, 256, 512), (3, 16, 32), (7, 33, 100), (11, 257, 129), (170, 48, 1024)]

@@ -79,6 +79,7 @@ class Checkpoint:
     path: Path
     config: ModelConfig
     stored: Mapping[str, Stored]
+    _states: Mapping[str, tuple[int, int]]  # of each file, when it was opened
     _maps: dict[str, mmap.mmap] = field(default_factory=dict, repr=False)
 
     @staticmethod
@@ -106,7 +107,7 @@ class Checkpoint:
             problems += _differences(config, stored, unreadable)
         if problems:
             raise CheckpointError(path, problems)
-        return Checkpoint(path, config, stored)
+        return Checkpoint(path, config, stored, {file: _state(path / file) for file in headers})
 
     def tensor(self, name: str) -> Tensor:
         """A private memory-mapped view, in the checkpoint's dtype."""
@@ -133,18 +134,32 @@ class Checkpoint:
 
         progress: a bar with bytes and rate (True) or a log line before and after (False); by
         default a bar when stderr is a terminal. Raises CheckpointError for names that are not
-        there, and for files that have become shorter since they were opened.
+        there, and for files that were written since they were opened: what was loaded before
+        would not belong to what is there now.
         """
         names = list(names)
         if unknown := [f"no tensor {name!r}" for name in names if name not in self.stored]:
             raise CheckpointError(self.path, unknown)
-        entries = (self.stored[name] for name in names)
+        entries = [self.stored[name] for name in names]
         spans = [Span(self.path / e.file, e.begin, e.end) for e in entries]
         try:
+            changed = [
+                f"{file}: written since this process opened it; start the service again"
+                for file in sorted({entry.file for entry in entries})
+                if _state(self.path / file) != self._states[file]
+            ]
+            if changed:
+                raise CheckpointError(self.path, changed)
             read_spans(spans, f"weights from {self.path}", progress, threads)
         except OSError as error:
             raise CheckpointError(self.path, [str(error)]) from error
         return Weights({name: self.tensor(name) for name in names})
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Differs once a file was written."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def read_header(path: Path) -> dict[str, Stored]:

@@ -25,6 +25,10 @@ log = logging.getLogger("rayseek.unit")
 SILENT_S = 5.0
 """Who does not answer for so long hangs, whatever a step may take: the thread that answers does
 nothing else."""
+STARTING_S = 20.0
+"""Likewise of one that starts, once it has answered: importing torch holds up its other threads."""
+LOOK_S = 1.0
+STARTED_LATER_S = 2.0  # than one that did not start
 STARVED = 10.0
 """Patience grows by this many times what the slowest answer took lately, up to three times what it
 was: milliseconds where there is nothing to wait for, and seconds where processes starve."""
@@ -202,6 +206,29 @@ class Crew:
             if hand.silent_s >= patience_s:
                 answers[name] = None
         return answers
+
+
+async def start(actor: Any, within_s: float) -> Started:
+    """What its `start` says. Raises TimeoutError if that takes longer, or if the process hangs in
+    it: it is asked for signs of life from its first one on, for until then it may wait for a place.
+    """
+    starting = asyncio.ensure_future(_awaited(actor.start.remote()))
+    starting.add_done_callback(lambda done: done.cancelled() or done.exception())  # it is seen
+    try:
+        async with asyncio.timeout(within_s):
+            await _awaited(actor.epoch.remote())
+            while not starting.done():
+                async with asyncio.timeout(STARTING_S):
+                    await _awaited(actor.epoch.remote())
+                await asyncio.wait([starting], timeout=LOOK_S)
+            started: Started = starting.result()
+            return started
+    finally:
+        starting.cancel()
+
+
+async def _awaited(reference: Any) -> Any:
+    return await reference
 
 
 async def pulse_of(hand: Hand, unit: str) -> Pulse | None:

@@ -18,7 +18,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rayseek.cluster.crew import last_line
+from rayseek.cluster.crew import last_line, start
 from rayseek.cluster.logs import start_logging
 from rayseek.cluster.rank import ExpertRank, Started
 from rayseek.cluster.spec import RankSpec
@@ -29,7 +29,7 @@ log = logging.getLogger("rayseek.experts")
 
 LOOK_S = 0.5
 ATTACH_S = 5.0  # for the unit to take the rank in
-HUNG_S = 30.0  # for the rank to answer; if a unit has it, that one's leader is quicker to notice
+HUNG_S = 20.0  # for the rank to answer; if a unit has it, that one's leader is quicker to notice
 LEAVE_S = 25.0  # less than what Serve grants a replica that stops
 BUNDLE = 0
 
@@ -65,8 +65,7 @@ class Experts:
             self._name = name
             actor = self._spawn(name)
             try:
-                async with asyncio.timeout(self._spec.settings.load_timeout_s):
-                    started = await actor.start.remote()
+                started = await start(actor, self._spec.settings.load_timeout_s)
                 death = asyncio.ensure_future(_awaited(actor.run_forever.remote()))
                 while not death.done():
                     if not self._leaving:

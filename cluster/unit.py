@@ -19,7 +19,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rayseek.cluster.crew import SILENT_S, Crew, last_line
+from rayseek.cluster.crew import SILENT_S, STARTED_LATER_S, Crew, last_line, start
 from rayseek.cluster.expert_load import ExpertLoad, pays
 from rayseek.cluster.logs import start_logging
 from rayseek.cluster.metrics import UNIT, Meter, RayMeter
@@ -196,8 +196,7 @@ class Unit:
             actor = self._spawn(index, name)
             served = False
             try:
-                async with asyncio.timeout(self._spec.rank.settings.load_timeout_s):
-                    started = await actor.start.remote()
+                started = await start(actor, self._spec.rank.settings.load_timeout_s)
                 if self._company.admits(started):
                     hand = self._company.join(actor, started)
                     served = True
@@ -208,7 +207,7 @@ class Unit:
             finally:
                 self._kill(actor)
             if not served:
-                await asyncio.sleep(5.0)
+                await asyncio.sleep(STARTED_LATER_S)
 
     def _spawn(self, index: int, name: str) -> Any:
         group = ray.util.get_current_placement_group()

@@ -9,13 +9,14 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from rayseek.cluster.config import ExchangeSettings
-from rayseek.cluster.crew import Crew, Hand
+from rayseek.cluster.crew import Crew, Hand, start
 from rayseek.cluster.dispatch import Dispatcher
 from rayseek.cluster.engine import Engine
 from rayseek.cluster.expert_load import ExpertLoad
@@ -230,6 +231,37 @@ async def test_who_hangs_delays_nobodys_answer() -> None:
     assert (well.calls, hung.calls) == (2, 1)
     hung.answer.set_result(fine)
     assert await crew.pulses(0.01, 60) == {"well": fine, "hung": fine}
+
+
+async def test_who_hangs_while_it_starts_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by how long its start takes, which may be half an hour, but by its silence."""
+    monkeypatch.setattr("rayseek.cluster.crew.STARTING_S", 0.1)
+    monkeypatch.setattr("rayseek.cluster.crew.LOOK_S", 0.02)
+    loaded, signs = asyncio.Event(), 0
+
+    async def begin() -> str:
+        await loaded.wait()
+        return "started"
+
+    async def sign_of_life() -> int:
+        nonlocal signs
+        signs += 1
+        if signs == 1:
+            await asyncio.sleep(0.3)  # it waits for a place
+        if signs == 10:
+            await asyncio.Event().wait()
+        return 0
+
+    actor = SimpleNamespace(
+        start=SimpleNamespace(remote=begin), epoch=SimpleNamespace(remote=sign_of_life)
+    )
+    with pytest.raises(TimeoutError):
+        await start(actor, 60)
+    assert signs == 10
+    loaded.set()
+    assert await start(actor, 60) == "started"
+    signs = 0
+    assert await start(actor, 60) == "started"
 
 
 class Obedient:

@@ -17,9 +17,11 @@ TRY_AGAIN = 500  # steps, at least, after which an unused depth is tried
 TRIALS = 0.001  # part of the time that trials of a depth may cost
 MARGIN = 1.03  # by which another depth must be predicted to be faster, and drafts at all
 CLOSE = 0.7  # of the best rate
+TEXT = 1024  # steps of sequences: how much of the work is prompts
 MEMORY = 256  # drafts that an acceptance is about
 AT_FIRST = 16  # the same after it has lost for the first time, then four times as many, and so on
 LONGER = 0.02  # weight of a time longer than what is known: it may have been interrupted
+SELDOM = 32  # steps
 PAUSE = 1.25  # more than so many times what is known counts as that many
 
 
@@ -30,13 +32,15 @@ class Measured:
     acceptance[j]: part of the drafts j + 1 tokens ahead that came true, of those whose
     predecessors had. Of batches of the present size, by depth: seconds, of a step for each of its
     sequences (None: not known); unused, the steps since a depth was last used; lost, how often in
-    a row it was used and then left. depth: in use.
+    a row it was used and then left. prompts: seconds that prompts take for each token of an answer,
+    by depth; with more rows beside them they take longer. depth: in use.
     """
 
     acceptance: tuple[float, ...]
     seconds: tuple[float | None, ...]
     unused: tuple[int, ...]
     lost: tuple[int, ...]
+    prompts: tuple[float, ...]
     depth: int = 0
 
 
@@ -60,14 +64,16 @@ def choose_depth(measured: Measured) -> Choice:
     """
     rates: list[float] = []
     times: list[float] = []
-    for depth, seconds in enumerate(measured.seconds):
+    for depth, (seconds, prompts) in enumerate(
+        zip(measured.seconds, measured.prompts, strict=True)
+    ):
         tokens = expected_tokens(measured.acceptance[:depth])
         if seconds is None:
-            if depth == 0 or tokens / times[-1] > max(rates):
+            if depth == 0 or 1 / (times[-1] / tokens + prompts) > max(rates):
                 return Choice(depth, tuple(rates))
             break
         times.append(seconds)
-        rates.append(tokens / seconds)
+        rates.append(1 / (seconds / tokens + prompts))
     best = max(range(len(rates)), key=lambda d: rates[d])
     for depth, rate in enumerate(rates):
         cost = times[depth] / times[best] * (1 - rate / rates[best])  # of a step, in steps
@@ -98,7 +104,9 @@ class _Size:
 
     def __init__(self, most: int) -> None:
         self.seconds: list[float | None] = [None] * (most + 1)  # by depth, for each sequence
+        self.row_s: list[float | None] = [None] * (most + 1)  # by depth, of a prompt's row
         self.used = [0] * (most + 1)  # by depth: the step in which it was used last
+        self.alone = [-SELDOM] * (most + 1)  # by depth: the last step that had no prompts
         self.lost = [0] * (most + 1)
         self.steps = 0
 
@@ -117,7 +125,7 @@ class DraftMeter:
         self._held, self._size = 0, _Size(most)
         self._batch = 0
         self._stepped = 0, 0  # depth and batch of the last step
-        self._prompt_row_s = 0.0
+        self._rows, self._tokens = 0.0, 1.0  # of prompts, of answers; fading
 
     @property
     def measured(self) -> Measured:
@@ -127,6 +135,7 @@ class DraftMeter:
             tuple(size.seconds),
             tuple(size.steps - used for used in size.used),
             tuple(size.lost),
+            tuple(self._row_s(size, d) * self._rows / self._tokens for d in range(self.most + 1)),
             self.choice.depth,
         )
 
@@ -149,6 +158,8 @@ class DraftMeter:
 
     def verified(self, drafts: int, accepted: int) -> None:
         """`accepted` of a sequence's `drafts` came true; those behind a miss tell nothing."""
+        fade = 1 - 1 / TEXT
+        self._rows, self._tokens = self._rows * fade, self._tokens * fade + 1 + accepted
         for depth in range(drafts):
             self.drafted[depth] += 1
             self.accepted[depth] += depth < accepted
@@ -160,20 +171,30 @@ class DraftMeter:
     def step_took(self, seconds: float, prompt_rows: int) -> None:
         """The last step that `choose` was asked for, from the end of the one before it to its own.
 
-        One that verified fewer or more drafts than it made says nothing of either. What rows of
-        prompts take is learned without drafts, and taken off.
+        One that verified fewer or more drafts than it made says nothing of either. Where steps
+        without prompts are seldom, what rows of prompts took without drafts is taken off.
         """
         depth, batch, size = self.choice.depth, self._batch, self._size
+        self._rows += prompt_rows
         before, self._stepped = self._stepped, (depth, batch)
         if before[0] != depth or (before[1] != batch and not prompt_rows):
             return
         known = size.seconds[depth]
-        if depth or not prompt_rows:
-            own = max(seconds - self._prompt_row_s * prompt_rows, seconds / 2) / batch
+        if not prompt_rows:
+            size.alone[depth] = size.steps
+            own = seconds / batch
             size.seconds[depth] = own if known is None else smoothed(known, own)
+        elif depth and size.steps - size.alone[depth] > SELDOM:  # no smallest one of differences
+            own = max(seconds - self._row_s(size, depth) * prompt_rows, seconds / 2) / batch
+            size.seconds[depth] = own if known is None else known + (own - known) / 8
         elif known is not None:
             row = max(seconds - known * batch, 0.0) / prompt_rows
-            self._prompt_row_s = smoothed(self._prompt_row_s or row, row)
+            row_s = size.row_s[depth]
+            size.row_s[depth] = row if row_s is None else row_s + (min(row, 2 * row_s) - row_s) / 8
+
+    def _row_s(self, size: _Size, depth: int) -> float:
+        """Seconds of a prompt's row in a step with so many drafts, or with fewer if not known."""
+        return next((s for s in reversed(size.row_s[: depth + 1]) if s is not None), 0.0)
 
     def _size_of(self, batch: int) -> _Size:
         """Exact to 7 sequences, then four sizes to a doubling."""

@@ -46,6 +46,7 @@ def measurements(draw: st.DrawFn) -> Measured:
         for_each(st.floats(1e-4, 1.0) | st.none()),
         for_each(st.integers(0, 3 * TRY_AGAIN)),
         for_each(st.integers(0, 9)),
+        for_each(st.floats(0, 1.0)),
         draw(st.integers(0, most)),
     )
 
@@ -55,10 +56,11 @@ def test_a_depth_is_on_trial_or_has_the_best_prospect(measured: Measured) -> Non
     choice = choose_depth(measured)
     first = next((d for d, s in enumerate(measured.seconds) if s is None), None)
     known = [s for s in measured.seconds[:first] if s is not None]
-    rates = [expected_tokens(measured.acceptance[:d]) / s for d, s in enumerate(known)]
+    tokens = [expected_tokens(measured.acceptance[:d]) for d in range(len(known) + 1)]
+    rates = [1 / (s / t + p) for s, t, p in zip(known, tokens, measured.prompts, strict=False)]
     assert choice.rates == pytest.approx(rates)
     if choice.depth == len(known):
-        hoped = expected_tokens(measured.acceptance[: len(known)]) / (known or [1.0])[-1]
+        hoped = 1 / ((known or [1.0])[-1] / tokens[-1] + measured.prompts[len(known)])
         assert hoped > max(rates, default=0), "it could be best"
     elif measured.unused[choice.depth] < min(
         TRY_AGAIN, AT_FIRST * 4 ** measured.lost[choice.depth]
@@ -69,7 +71,7 @@ def test_a_depth_is_on_trial_or_has_the_best_prospect(measured: Measured) -> Non
 
 
 def test_extremes() -> None:
-    fresh = (0, 0, 0), (9, 9, 9)
+    fresh = (0, 0, 0), (9, 9, 9), (0.0, 0.0, 0.0)
     sure, never = (1.0, 1.0), (0.0, 0.0)
     flat, steep = (0.010, 0.011, 0.012), (0.010, 0.021, 0.032)
     assert choose_depth(Measured(never, flat, *fresh, 2)).depth == 0
@@ -88,7 +90,12 @@ def test_a_choice_does_not_waver() -> None:
     """Two depths that are predicted to be about as good: whichever is in use, stays."""
     close = (0.010, 0.0195, 0.0290)
     for used in (1, 2):
-        assert choose_depth(Measured((1.0, 1.0), close, (0, 0, 0), (9, 9, 9), used)).depth == used
+        assert (
+            choose_depth(
+                Measured((1.0, 1.0), close, (0, 0, 0), (9, 9, 9), (0.0, 0.0, 0.0), used)
+            ).depth
+            == used
+        )
 
 
 def test_what_costs_more_is_tried_less_often() -> None:
@@ -117,6 +124,21 @@ def test_prompts_between_do_not_hide_what_depths_take(batch: int, row_s: float) 
         meter.step_took(true[depth] + row_s * prompt, prompt)
     assert meter.choice.depth == 2
     assert [s and s * batch for s in meter.measured.seconds] == pytest.approx(true, rel=0.05)
+
+
+@pytest.mark.parametrize("dearer, expected", [(1.0, 2), (6.0, 0)])
+def test_prompts_that_take_longer_beside_drafts_speak_against_them(
+    dearer: float, expected: int
+) -> None:
+    """Every answer of some 15 tokens has a prompt of 30; one draft more makes its rows dearer."""
+    meter, true = DraftMeter(2), (0.010, 0.018, 0.025)
+    for number in range(3000):
+        depth = meter.choose(choose_depth, 8)
+        for _ in range(8):
+            meter.verified(depth, depth)
+        prompt = 30 if number % 2 else 0
+        meter.step_took(true[depth] + 1e-4 * prompt * (dearer if depth else 1.0), prompt)
+    assert meter.choice.depth == expected
 
 
 def test_a_useless_draft_is_seldom_tried_and_noticed_when_it_becomes_useful() -> None:

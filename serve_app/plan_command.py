@@ -84,9 +84,8 @@ def report(found: list[Need], load: Load, price: float | None) -> str:
     gpus = sum(need.gpus for need in found)
     out = load.requests_s * load.output
     console.print(f"{gpus} GPUs for {out:,.0f} tokens/s out, {load.requests_s:g} requests/s.")
-    console.print(
-        f"For autoscaling.inter_token_s: {found[-1].step_s:.3f}, of a unit as full as may be."
-    )
+    step = f"{found[-1].step_s:.3f} s"
+    console.print(f"Steps of a decode unit as full as may be: {step} (autoscaling.inter_token_s).")
     if price is not None:
         console.print(
             f"{gpus * price:,.2f} an hour, {gpus * price / out / 3600e-6:,.2f} per million."

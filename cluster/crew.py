@@ -26,8 +26,8 @@ SILENT_S = 5.0
 """Who does not answer for so long hangs, whatever a step may take: the thread that answers does
 nothing else."""
 STARTING_S = 120.0
-"""Likewise of one that starts, once it has answered: importing torch holds up its other threads, and
-from a cold disk that takes its time."""
+"""Likewise of one that starts, once it has answered: importing torch holds up its other threads,
+and from a cold disk that takes its time."""
 LOOK_S = 1.0
 STARTED_LATER_S = 2.0  # than one that did not start
 STARVED = 10.0

@@ -447,7 +447,7 @@ class Engine:
                 finish = FinishReason.STOP if stop else FinishReason.LENGTH
             if finish or not accepted:
                 break
-        self.meter.verified(len(drafts), sum(token.drafted for token in tokens))
+        self.meter.verified(len(drafts), sum(token.drafted for token in tokens) if drafts else 0)
         if finish is FinishReason.ERROR:
             news = [Delta(key, tuple(tokens), None, sequence.cached_tokens)] if tokens else []
             return [*news, self._end(sequence, (), finish, error)]

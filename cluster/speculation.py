@@ -126,6 +126,7 @@ class DraftMeter:
         self._batch = 0
         self._stepped = 0, 0  # depth and batch of the last step
         self._rows, self._tokens = 0.0, 1.0  # of prompts, of answers; fading
+        self._undrafted = 0  # tokens of sequences without drafts, not yet among them
 
     @property
     def measured(self) -> Measured:
@@ -143,6 +144,8 @@ class DraftMeter:
         """The depth of a step in which `batch` sequences decode."""
         if not (self.most and batch):
             return 0
+        self._fade(self._undrafted, self._undrafted)
+        self._undrafted = 0
         size = self._size_of(batch)
         self._held -= 1
         if self._held <= 0 or size is not self._size:
@@ -158,8 +161,10 @@ class DraftMeter:
 
     def verified(self, drafts: int, accepted: int) -> None:
         """`accepted` of a sequence's `drafts` came true; those behind a miss tell nothing."""
-        fade = 1 - 1 / TEXT
-        self._rows, self._tokens = self._rows * fade, self._tokens * fade + 1 + accepted
+        if not drafts:
+            self._undrafted += 1
+            return
+        self._fade(1, 1 + accepted)
         for depth in range(drafts):
             self.drafted[depth] += 1
             self.accepted[depth] += depth < accepted
@@ -167,6 +172,11 @@ class DraftMeter:
             fade = 1 - 1 / MEMORY
             self._trials[depth] = self._trials[depth] * fade + 1
             self._successes[depth] = self._successes[depth] * fade + (depth < accepted)
+
+    def _fade(self, steps: int, tokens: float) -> None:
+        """So many steps of sequences brought so many tokens."""
+        fade = (1 - 1 / TEXT) ** steps
+        self._rows, self._tokens = self._rows * fade, self._tokens * fade + tokens
 
     def step_took(self, seconds: float, prompt_rows: int) -> None:
         """The last step that `choose` was asked for, from the end of the one before it to its own.

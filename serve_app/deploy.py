@@ -34,11 +34,14 @@ def build(
     settings: ApiSettings,
     rank_host: str | None = None,
     scaled: bool = False,
+    head_ingress: bool = False,
 ) -> Application:
     """`Ingress` over `Decode` and `Prefill`, whose units find their `Experts` by themselves.
 
     rank_host: where ranks listen for ingresses; None: on their node's address in the cluster.
     scaled: by the policy of the Serve config file; without one, numbers stay as configured.
+    head_ingress: ingresses stay on Ray's first node, where the proxy of a local service is. (Pods
+    of their own keep them off the other nodes in Kubernetes.)
     Classes are wrapped here and not decorated, so that replicas import them by name.
     """
     model = ModelConfig.from_pretrained(model_path)
@@ -55,11 +58,12 @@ def build(
         if d.unit is None and d.rank is not None
     ]
     ingress = whole["Ingress"]
+    place = {"resources": {"node:__internal_head__": 0.001}} if head_ingress else {}
     return serve.deployment(
         serve.ingress()(Ingress),
         name=ingress.name,
         num_replicas=ingress.replicas,
-        ray_actor_options={"num_cpus": ingress.replica_cpus},
+        ray_actor_options={"num_cpus": ingress.replica_cpus, **place},
         max_surge_percent=SURGE_PERCENT,
         max_ongoing_requests=100_000,  # the engine's queue is the one that is bounded
         graceful_shutdown_timeout_s=float(config.ingress.longest_stream_s),

@@ -195,7 +195,7 @@ def running(
             api.settle(READY_TIMEOUT_S)
         else:
             settings = replace(settings, dashboard_url=settings.dashboard_url or dashboard)
-            whole = build(config, model_path, settings, rank_host=LOOPBACK)
+            whole = build(config, model_path, settings, rank_host=LOOPBACK, head_ingress=nodes > 1)
             serve.run(whole, name=APP_NAME, route_prefix="/")
         host = LOOPBACK if config.ingress.host in ("0.0.0.0", "::") else config.ingress.host
         address = f"http://{host}:{config.ingress.port}"

@@ -1,0 +1,18 @@
+"""Where deployments go."""
+
+from pathlib import Path
+
+from rayseek.cluster.config import Config
+from rayseek.serve_app.deploy import build
+from rayseek.serve_app.settings import ApiSettings
+
+
+def test_a_local_service_of_several_nodes_keeps_its_ingress_where_its_proxy_is(
+    tiny_path: Path,
+) -> None:
+    def place(head_ingress: bool) -> object:
+        app = build(Config(), tiny_path, ApiSettings(), head_ingress=head_ingress)
+        return app._bound_deployment.ray_actor_options.get("resources", {})
+
+    assert place(head_ingress=False) == {}
+    assert place(head_ingress=True) == {"node:__internal_head__": 0.001}

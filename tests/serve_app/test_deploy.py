@@ -14,8 +14,10 @@ def test_a_local_service_of_several_nodes_keeps_its_ingress_where_its_proxy_is(
 ) -> None:
     from rayseek.serve_app.deploy import build
 
+    settings = ApiSettings("tiny", 512, ("sk-x",))
+
     def place(head_ingress: bool) -> object:
-        app = build(Config(), tiny_path, ApiSettings("tiny", 512, ()), head_ingress=head_ingress)
+        app = build(Config(), tiny_path, settings, head_ingress=head_ingress)
         return app._bound_deployment.ray_actor_options.get("resources") or {}
 
     assert place(head_ingress=False) == {}

@@ -1,10 +1,12 @@
 """Counting: the items of a list, how often one of them comes, the words of a phrase, and from one
 number to another.
+
+What a model of a few layers can not see at once, the answer goes through one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from random import Random
 
 from rayseek.serve_app.tasks.asking import chat, phrase
@@ -132,14 +134,25 @@ def _count_one(random: Random, language: Language) -> Chat:
         items=shown_list(random, language, items),
     )
     times = "1 time" if count == 1 else f"{count} times"
+    said = f"{item} appears {times}." if language == "en" else f"{item}出现了{count}次。"
     return chat(
         random,
         language,
         key=f"{item}|{' '.join(sorted(items))}",
         text=text,
-        answer=f"{item} appears {times}." if language == "en" else f"{item}出现了{count}次。",
+        answer=f"{_gone_through(language, items, item)}: {said}",
         judge=says_number(count),
     )
+
+
+def _gone_through(language: Language, items: Sequence[str], wanted: str) -> str:
+    """The items one after the other; those that are counted with their number."""
+    found = 0
+    shown = []
+    for item in items:
+        found += item == wanted
+        shown.append(f"{item} ({found})" if item == wanted else item)
+    return ("、" if language == "zh" else ", ").join(shown)
 
 
 def _count_words(random: Random, language: Language) -> Chat:

@@ -152,9 +152,15 @@ def _weekday(random: Random, language: Language) -> Chat:
     days = DAYS[language]
     right = days[(start + (-n if back else n)) % 7]
     wordings = _EARLIER if back else _LATER
-    answer = f"{n} days {'before' if back else 'after'} {days[start]} is {right}."
+    passed = [days[(start + (-i if back else i)) % 7] for i in range(1, n % 7 + 1)]
+    steps = f"{n} = {n // 7} x 7 + {n % 7}: " if n > 6 else ""
+    steps += ("、" if language == "zh" else ", ").join(passed)
     if language == "zh":
         answer = f"{days[start]}的{n}天{'前' if back else '后'}是{right}。"
+        answer = f"{steps}。{answer}" if passed else steps + answer
+    else:
+        answer = f"{n} days {'before' if back else 'after'} {days[start]} is {right}."
+        answer = f"{steps}. {answer}" if passed else steps + answer
     return chat(
         random,
         language,
@@ -241,6 +247,18 @@ def _written(day: date, language: Language) -> tuple[str, ...]:
     return str(day), f"{month} {day.day}, {day.year}", f"{day.day} {month} {day.year}"
 
 
+def _day_sum(start: date, distance: int) -> str:
+    """The sum that gives the day of the month: "30 + 7 - 31 = 6"."""
+    sign = "+" if distance > 0 else "-"
+    day = start.day + distance
+    end = start + timedelta(distance)
+    if end.month == start.month:
+        return f"{start.day} {sign} {abs(distance)} = {day}"
+    if distance > 0:
+        return f"{start.day} + {distance} - {day - end.day} = {end.day}"
+    return f"{start.day} - {-distance} + {end.day - day} = {end.day}"
+
+
 def _date(random: Random, language: Language) -> Chat:
     start = date(random.randint(2000, 2039), 1, 1) + timedelta(random.randrange(365))
     distance, later, ago = random.choice(_DISTANCES[language])
@@ -261,7 +279,7 @@ def _date(random: Random, language: Language) -> Chat:
         language,
         key=f"{start}{distance:+}",
         text=phrase(random, language, wordings, date=shown, later=later, after=ago),
-        answer=right[style],
+        answer=f"{_day_sum(start, distance)}: {right[style]}",
         judge=lambda answer: found.search(answer.text) is not None,
         system=system,
     )

@@ -1,20 +1,22 @@
-"""Tool calls: one or several, none where none is needed or none fits, and answers to their outputs.
+"""Tool calls: one or several, none where none is needed or none fits, and answers to their outputs;
+and conversations with several such questions.
 
-One to four functions are declared, in random order, a third of them invented. A call is held out or
-not by its function and arguments, whatever it is named and however it is asked for.
+A call is held out or not by its function and arguments, whatever it is named and however it is
+asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from random import Random
 
 from rayseek.serve_app.prompt import Message, ToolCall
 from rayseek.serve_app.tasks import chat, decline, facts
 from rayseek.serve_app.tasks.asking import general_system
 from rayseek.serve_app.tasks.example import Chat, Judge, Language, Task, draw, is_held_out
-from rayseek.serve_app.tasks.tool_invention import invented_spec
+from rayseek.serve_app.tasks.tool_offers import absent, any_spec, functions, offer, rivals
 from rayseek.serve_app.tasks.tool_requests import (
     Request,
     calls_exactly,
@@ -23,30 +25,16 @@ from rayseek.serve_app.tasks.tool_requests import (
     request,
     told,
 )
-from rayseek.serve_app.tasks.tool_specs import SPECS, Declared, Spec, declared
+from rayseek.serve_app.tasks.tool_specs import Declared, declared
 from rayseek.serve_app.tasks.wording import spoken
 
-_REAL = tuple(SPECS.values())
-# Functions that could stand in for one another are not offered together.
-_RIVALS = (
-    {"get_time", "now"},
-    {"search", "get_news", "get_stock_price", "find_flights"},
-    {"calculator", "convert_currency"},
-    {"set_light", "set_temperature"},
-    {"get_user", "send_email"},
-    {"remember", "create_event", "set_timer"},
-)
-# What the small model answers itself, or what stands in for too much, is never missing.
-_NEVER_MISSING = {"calculator", "translate", "remember"}
 # What is answered without a function, whichever there are.
 _UNAIDED = (
     *chat.TASKS,
     *facts.TASKS,
     Task("decline", decline.ask_beyond_tools, weight=1),
 )
-_NAME = "tools"
-_INVENTED = 0.33
-_MOST_TEXT = 10  # parameters, about; another function is not offered beside as many
+_NAME, _TALK = "tools", "tooltalk"
 _NUMBER_OF_TOOLS = (1, 1, 1, 1, 1, 2, 2, 2, 3, 4)
 _JOINS: Mapping[Language, tuple[str, ...]] = {
     "en": (
@@ -61,40 +49,10 @@ _JOINS: Mapping[Language, tuple[str, ...]] = {
 }
 
 
-def _spec(random: Random, language: Language) -> Spec:
-    if random.random() < _INVENTED:
-        return invented_spec(random, language)
-    return random.choice(_REAL)
-
-
-def _rivals(spec: Spec, others: Sequence[Declared]) -> bool:
-    taken = {other.spec.key for other in others}
-    return spec.key in taken or any(spec.key in group and group & taken for group in _RIVALS)
-
-
 def _offered(
     random: Random, language: Language, needed: Sequence[Declared], avoided: Sequence[Declared] = ()
 ) -> list[Declared]:
-    """The needed functions among others, in random order; few where they are long."""
-    tools = list(needed)
-    count = random.choice(_NUMBER_OF_TOOLS)
-    while not tools or (len(tools) < count and sum(map(_size, tools)) < _MOST_TEXT):
-        spec = _spec(random, language)
-        if not _rivals(spec, [*tools, *avoided]):
-            tool = declared(random, language, spec)
-            if tool.name not in {other.name for other in tools}:
-                tools.append(tool)
-    random.shuffle(tools)
-    return tools
-
-
-def _size(tool: Declared) -> int:
-    """About how much text a declaration is, in parameters."""
-    return 2 + len(tool.shown)
-
-
-def _functions(tools: Sequence[Declared]) -> tuple[Mapping[str, object], ...]:
-    return tuple(tool.function for tool in tools)
+    return offer(random, language, random.choice(_NUMBER_OF_TOOLS), needed, avoided)
 
 
 def _opening(random: Random, language: Language) -> tuple[Message, ...]:
@@ -127,17 +85,17 @@ def _joined(random: Random, language: Language, first: Request, second: Request)
 
 def _drawn_requests(random: Random, language: Language) -> list[Request]:
     """One function asked for once, or one for several values, or two."""
-    tool = declared(random, language, _spec(random, language))
+    tool = declared(random, language, any_spec(random, language))
     roll = random.random()
     if roll < 0.72:
         return [request(random, language, tool)]
     if roll < 0.87:
         while not tool.spec.many:
-            tool = declared(random, language, _spec(random, language))
+            tool = declared(random, language, any_spec(random, language))
         return [request(random, language, tool, random.choice((2, 2, 2, 3)))]
-    other = declared(random, language, _spec(random, language))
-    while _rivals(other.spec, [tool]) or other.name == tool.name:
-        other = declared(random, language, _spec(random, language))
+    other = declared(random, language, any_spec(random, language))
+    while rivals(other.spec, [tool]) or other.name == tool.name:
+        other = declared(random, language, any_spec(random, language))
     first, second = request(random, language, tool), request(random, language, other)
     return _joined(random, language, first, second)
 
@@ -146,13 +104,15 @@ def _key(requests: Sequence[Request]) -> str:
     return "+".join(sorted(entry.key for entry in requests))
 
 
+def _part_keys(requests: Sequence[Request]) -> list[str]:
+    return [key for entry in requests for key in entry.part_keys]
+
+
 def _requests(random: Random, language: Language) -> list[Request]:
     """Requests that are held out together exactly if one of their calls is."""
     while True:
         requests = _drawn_requests(random, language)
-        parts = [key for entry in requests for key in entry.part_keys]
-        held = any(is_held_out(_NAME, part) for part in parts)
-        if held == is_held_out(_NAME, _key(requests)):
+        if _held(_part_keys(requests)) == is_held_out(_NAME, _key(requests)):
             return requests
 
 
@@ -186,7 +146,7 @@ def _called(random: Random, language: Language) -> Chat:
         (*_opening(random, language), question),
         Message("assistant", None, calls),
         calls_exactly([(call.name, call.arguments) for call in calls]),
-        _functions(tools),
+        functions(tools),
         language=language,
     )
 
@@ -195,55 +155,38 @@ def _answered(random: Random, language: Language) -> Chat:
     """Functions were called, and their outputs are to be told."""
     requests = _requests(random, language)
     messages, answer, judge = _exchange(random, language, requests)
-    tools = _functions(_offered(random, language, [entry.tool for entry in requests]))
+    tools = functions(_offered(random, language, [entry.tool for entry in requests]))
     messages = (*_opening(random, language), *messages)
     return Chat(_key(requests), messages, answer, judge, tools, language=language)
-
-
-def _called_again(random: Random, language: Language) -> Chat:
-    """After a first question with its answer, a second one for one of the functions."""
-    requests = _requests(random, language)
-    while is_held_out(_NAME, _key(requests)):
-        requests = _requests(random, language)
-    messages, answer, _ = _exchange(random, language, requests)
-    tools = _offered(random, language, [entry.tool for entry in requests])
-    second = request(random, language, random.choice(tools))
-    question = _asked(random, language, second.wording, second.said)
-    calls = _calls([second])
-    return Chat(
-        second.key,
-        (*_opening(random, language), *messages, answer, question),
-        Message("assistant", None, calls),
-        calls_exactly([(call.name, call.arguments) for call in calls]),
-        _functions(tools),
-        language=language,
-    )
 
 
 def _not_needed(random: Random, language: Language) -> Chat:
     """A greeting, a question about the system or a fact, answered without the functions."""
     asked = draw(random.choice(_UNAIDED), "train", random, language)
     assert isinstance(asked, Chat)
-    tools = _functions(_offered(random, language, ()))
+    tools = functions(_offered(random, language, ()))
     names = ",".join(str(tool["name"]) for tool in tools)
     return replace(asked, key=f"no call|{asked.key}|{names}", tools=tools)
 
 
+def _missed(random: Random, language: Language, lost: Declared) -> tuple[str, Message, Message]:
+    """Key, question and answer where this function would be needed, but is not there."""
+    asked = request(random, language, lost)
+    question = _asked(random, language, asked.wording, asked.said)
+    return (
+        f"missing {asked.key}",
+        question,
+        Message("assistant", decline.DECLINES[language]["unable"]),
+    )
+
+
 def _missing(random: Random, language: Language) -> Chat:
     """A question for a function that is not among those declared."""
-    spec = random.choice(_REAL)
-    while spec.key in _NEVER_MISSING:
-        spec = random.choice(_REAL)
-    absent = declared(random, language, spec)
-    asked = request(random, language, absent)
-    tools = _functions(_offered(random, language, (), [absent]))
-    messages = (
-        *_opening(random, language), _asked(random, language, asked.wording, asked.said)
-    )  # fmt: skip
-    answer = Message("assistant", decline.DECLINES[language]["unable"])
-    return Chat(
-        f"missing {asked.key}", messages, answer, decline.declines, tools, language=language
-    )
+    lost = absent(random, language)
+    key, question, answer = _missed(random, language, lost)
+    tools = functions(_offered(random, language, (), [lost]))
+    messages = (*_opening(random, language), question)
+    return Chat(key, messages, answer, decline.declines, tools, language=language)
 
 
 def make(random: Random, language: Language) -> Chat:
@@ -253,9 +196,66 @@ def make(random: Random, language: Language) -> Chat:
         return _not_needed(random, language)
     if roll < 0.30:
         return _missing(random, language)
-    if roll < 0.36:
-        return _called_again(random, language)
-    return _answered(random, language) if roll < 0.58 else _called(random, language)
+    return _answered(random, language) if roll < 0.54 else _called(random, language)
 
 
-TASKS = (Task(_NAME, make, weight=9),)
+def _wanted(random: Random, language: Language, tools: Sequence[Declared]) -> list[Request]:
+    """What one question asks of functions that are there."""
+    tool, other = random.choice(tools), random.choice(tools)
+    roll = random.random()
+    first = request(random, language, tool, 2 if roll < 0.1 and tool.spec.many else 1)
+    if roll < 0.9 or other is tool:
+        return [first]
+    return _joined(random, language, first, request(random, language, other))
+
+
+def _held(keys: Sequence[str]) -> bool:
+    return any(is_held_out(_NAME, key) for key in keys)
+
+
+def _earlier(random: Random, language: Language, tools: Sequence[Declared]) -> list[Message]:
+    """A question and all that follows it, up to the answer; nothing in it is held out."""
+    while True:
+        roll = random.random()
+        if roll < 0.5:
+            requests = _wanted(random, language, tools)
+            if not _held(_part_keys(requests)):
+                messages, answer, _ = _exchange(random, language, requests)
+                return [*messages, answer]
+        elif roll < 0.85:
+            key, question, answer = _missed(random, language, absent(random, language, tools))
+            if not _held([key]):
+                return [question, answer]
+        else:
+            asked = draw(random.choice(_UNAIDED), "train", random, language)
+            assert isinstance(asked, Chat)
+            return [asked.messages[-1], asked.answer]
+
+
+def make_talk(random: Random, language: Language) -> Chat:
+    """Questions one after the other beside the same functions; the last one counts.
+
+    So each set of functions is met by questions that fit it and by others that do not. A talk is
+    held out if its last question is one of the task of single questions.
+    """
+    tools = offer(random, language, random.randint(1, 3))
+    before = [*_opening(random, language)]
+    for _ in range(random.randint(2, 5)):
+        before += _earlier(random, language, tools)
+    if random.random() < 0.6:
+        requests = _wanted(random, language, tools)
+        keys = _part_keys(requests)
+        question = _asked(random, language, requests[0].wording, requests[0].said)
+        calls = _calls(requests)
+        answer = Message("assistant", None, calls)
+        judge = calls_exactly([(call.name, call.arguments) for call in calls])
+    else:
+        key, question, answer = _missed(random, language, absent(random, language, tools))
+        keys, judge = [key], decline.declines
+    salts = (f"{'+'.join(keys)}|{salt}" for salt in count())
+    key = next(key for key in salts if is_held_out(_TALK, key) == _held(keys))
+    messages = (*before, question)
+    return Chat(key, messages, answer, judge, functions(tools), language=language)
+
+
+TASKS = (Task(_NAME, make, weight=9), Task(_TALK, make_talk, weight=5))

@@ -135,6 +135,30 @@ def test_what_is_sorted_is_what_was_asked(language: Language) -> None:
             assert all(re.search(rf"\b{word}\b", question, re.ASCII) for word in words)
 
 
+DAY = "[A-Z][a-z]+day|星期[一二三四五六日]"
+SUM = r"(\d+) ([+-]) (\d+)((?: [+-] \d+)?) = (\d+)"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_what_is_counted_is_gone_through_in_order(language: Language) -> None:
+    gone_through = 0
+    for question, answer, _ in chats("count", language, 500):
+        if found := re.fullmatch(r"(.+): (.+?)(?: appears |出现了)(\d+)(?: times?\.|次。)", answer):
+            shown = re.split(", |、", found[1])
+            if "-" in found[1]:
+                continue  # the letters of a word
+            items = [re.sub(r" \(\d+\)", "", item) for item in shown]
+            numbers = [int(n) for n in re.findall(r" \((\d+)\)", found[1])]
+            assert (
+                numbers
+                == list(range(1, int(found[3]) + 1))
+                == list(range(1, items.count(found[2]) + 1))
+            )
+            assert re.search("[^a-z]*(?:and)?[^a-z]*".join(map(re.escape, items)), question)
+            gone_through += 1
+    assert gone_through > 100
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_weekdays_and_dates_agree_with_the_calendar(language: Language) -> None:
     seen = set()
@@ -142,9 +166,14 @@ def test_weekdays_and_dates_agree_with_the_calendar(language: Language) -> None:
         if found := re.fullmatch(r"weekday (\d)([+-]\d+)", example.key):
             day = (int(found[1]) + int(found[2])) % 7
             assert answer.rstrip(".。").endswith(dates.DAYS[language][day])
+            steps = [dates.DAYS[language].index(d) for d in re.findall(DAY, answer)][:-2]
+            step = -1 if found[2][0] == "-" else 1
+            assert steps == [(int(found[1]) + step * (i + 1)) % 7 for i in range(len(steps))]
         elif found := re.fullmatch(r"(\d+-\d+-\d+)([+-]\d+)", example.key):
             later = date.fromisoformat(found[1]) + timedelta(int(found[2]))
-            assert str(later.day) in answer
+            first, sign, second, turned, result = re.findall(SUM, answer)[0]
+            assert f"{first}{sign}{second}" == f"{int(found[1][-2:])}{found[2]}"
+            assert eval(f"{first}{sign}{second}{turned}") == int(result) == later.day
         elif found := re.fullmatch(r"leap (\d+)", example.key):
             leap = calendar.isleap(int(found[1]))
             assert answer.startswith(("No", "不是") if not leap else ("Yes", "是"))

@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayseek.serve_app.prompt import in_call_order, render_chat
-from rayseek.serve_app.tasks import chat, decline, facts, tool_specs
+from rayseek.serve_app.tasks import chat, decline, facts, tool_specs, tools
 from rayseek.serve_app.tasks.asking import some_day
 from rayseek.serve_app.tasks.catalogue import CATALOGUE, task
 from rayseek.serve_app.tasks.example import Answer, Call, Chat, Language, Task, is_held_out
+from rayseek.serve_app.tasks.tool_requests import Request, request
+from rayseek.serve_app.tasks.tool_specs import Declared
 from rayseek.serve_app.tasks.wording import drawn, filled, plain, spoken
 from rayseek.serve_app.tokenizer import Control
 from rayseek.serve_app.vendor_prompts import system_prompt
@@ -27,6 +29,7 @@ EACH = [
     for entry in CATALOGUE
     for language in entry.languages
 ]
+UNABLE = {language: decline.DECLINES[language]["unable"] for language in LANGUAGES}
 BY_LANGUAGE = pytest.mark.parametrize("language", LANGUAGES)
 
 
@@ -55,10 +58,11 @@ def test_every_conversation_renders_and_names_no_control_token(
         assert example.messages[-1].role in ("user", "tool")
 
 
+@pytest.mark.parametrize("name", ("tools", "tooltalk"))
 @BY_LANGUAGE
-def test_calls_name_offered_functions_and_keep_their_schemas(language: Language) -> None:
+def test_calls_name_offered_functions_and_keep_their_schemas(language: Language, name: str) -> None:
     kinds = Counter[str]()
-    for example in made("tools", language):
+    for example in made(name, language):
         schemas = {tool["name"]: tool["parameters"] for tool in example.tools}
         assert len(schemas) == len(example.tools)
         calls = [call for message in example.messages for call in message.tool_calls]
@@ -70,7 +74,7 @@ def test_calls_name_offered_functions_and_keep_their_schemas(language: Language)
         kinds["called" if example.answer.tool_calls else "told" if calls else "said"] += 1
         kinds["several"] += len(calls) > 1
     assert kinds["called"] > 150 and kinds["told"] > 60
-    assert kinds["said"] > 60 and kinds["several"] > 60
+    assert kinds["said"] > (60 if name == "tools" else 15) and kinds["several"] > 60
 
 
 @BY_LANGUAGE
@@ -89,6 +93,36 @@ def test_arguments_stand_in_the_question(language: Language) -> None:
             for name, value in json.loads(call.arguments).items():
                 if name not in translated and not isinstance(value, bool):
                     assert str(value) in question
+
+
+@BY_LANGUAGE
+def test_a_talk_asks_what_fits_and_what_does_not(
+    language: Language, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several questions beside the same functions; before the last, nothing that is held out."""
+    held_out: set[tuple[str, str]] = set()
+
+    def noted(random: Random, language: Language, tool: Declared, count: int = 1) -> Request:
+        found = request(random, language, tool, count)
+        for key, values in zip(found.part_keys, found.calls, strict=True):
+            if is_held_out("tools", key):
+                held_out.add((tool.name, found.arguments(values)))
+        return found
+
+    monkeypatch.setattr(tools, "request", noted)
+    kinds = Counter[str]()
+    for example in made("tooltalk", language, 300):
+        earlier = example.messages[:-1]
+        answers = [m for m in earlier if m.role == "assistant" and m.content]
+        assert 2 <= len(answers) <= 5
+        kinds["called"] += sum(bool(m.tool_calls) for m in earlier)
+        kinds["declined"] += sum(m.content == UNABLE[language] for m in answers)
+        kinds["held out"] += is_held_out("tooltalk", example.key)
+        assert held_out.isdisjoint((c.name, c.arguments) for m in earlier for c in m.tool_calls)
+        kinds["avoided"] += len(held_out)
+        held_out.clear()
+    assert kinds["called"] > 300 and kinds["declined"] > 200 and kinds["held out"] > 20
+    assert kinds["avoided"] > 100
 
 
 @BY_LANGUAGE

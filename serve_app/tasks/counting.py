@@ -180,7 +180,7 @@ def _count_letter(random: Random, language: Language) -> Chat:
     word = random.choice(_SPELLED)
     letter = random.choice(word)
     count = word.count(letter)
-    spelled = "-".join(word)
+    spelled = _gone_through(language, word, letter)
     times = f"{letter} appears {count} time{'' if count == 1 else 's'}."
     return chat(
         random,

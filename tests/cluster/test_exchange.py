@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -353,6 +354,16 @@ def test_a_group_that_cannot_form_says_so(store: Stores) -> None:
         store.group("lonely", 0, 2, 0.3)
     with pytest.raises(ExchangeBroken, match="store 127.0.0.1:9 of group lonely"):
         Group("127.0.0.1", 9, "lonely", 0, 2, 0.3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the policy of threads")
+def test_threads_of_a_group_interrupt_nobody(store: Stores) -> None:
+    before = {int(name) for name in os.listdir("/proc/self/task")}
+    group = store.group("considerate", 0, 1)
+    started = {int(name) for name in os.listdir("/proc/self/task")} - before
+    assert {os.sched_getscheduler(thread) for thread in started} == {os.SCHED_BATCH}
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+    group.close()
 
 
 VICTIM = """

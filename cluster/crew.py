@@ -141,16 +141,20 @@ class Crew:
         self.changed.set()
 
     async def _watch(self, hand: Hand) -> None:
-        """Until it dies. A call that waits in the process fails some 20 ms after its death."""
+        """Until it dies. A call that waits in the process fails some 20 ms after its death. Who
+        has parted may work for another unit: what breaks there does not concern this one."""
+        name = hand.member.name
         try:
             while True:
                 broken = await hand.actor.next_break.remote(hand.broken)
+                if self.hands.get(name) is not hand:
+                    return
                 hand.broken = broken.epoch
                 if broken.epoch > self.broken_epoch:  # else it is late with old news
                     self.broken_epoch = broken.epoch
                     self.changed.set()
         except ray.exceptions.RayError as error:
-            self.part(hand.member.name, last_line(error))
+            self.part(name, last_line(error))
 
     def misfit(self, newcomer: Started) -> str | None:
         """Why a process must not take part, or None: it would compute, or exchange, other things.

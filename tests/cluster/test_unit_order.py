@@ -98,6 +98,28 @@ async def test_a_rank_that_went_elsewhere_is_not_killed(tiny_path: Path) -> None
         assert not company.actors[name].dead.is_set()
 
 
+async def test_what_breaks_elsewhere_breaks_nothing_here() -> None:
+    """An expert rank that has parted works for another unit, whose epochs are as large as ours."""
+    crew, breaks = Crew("unit"), asyncio.Queue[SimpleNamespace]()
+    actor = SimpleNamespace(next_break=SimpleNamespace(remote=lambda _: breaks.get()))
+    started = Started(Member("e", "expert", "n", ""), None, "", ExchangeSettings())
+
+    async def broken(epoch: int) -> int:
+        breaks.put_nowait(SimpleNamespace(epoch=epoch))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        return crew.broken_epoch
+
+    old = crew.join(actor, started)
+    assert await broken(7) == 7
+    crew.part("e", "it works for other, not for unit")
+    assert await broken(8) == 7
+    crew.join(actor, started)  # it comes back
+    assert old.watch is not None and old.watch.done()
+    assert await broken(9) == 9
+    crew.hands["e"].watch.cancel()  # type: ignore[union-attr]
+
+
 async def test_ranks_are_listed_once_they_follow_a_plan(
     tiny_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

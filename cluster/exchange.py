@@ -17,7 +17,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -31,7 +30,7 @@ from rayseek.cluster.routes import Hop, make_hops
 from rayseek.cluster.wire_rows import WireRows
 from rayseek.kernels.native import NativeOps
 from rayseek.kernels.ops import SplitOps
-from rayseek.kernels.row_places import NativePlaces, RowPlaces, TorchPlaces
+from rayseek.kernels.row_places import NativePlaces, Route, RowPlaces, TorchPlaces
 from rayseek.model.micro_batches import part_sizes
 
 Mode = Literal["exact", "fixed", "static"]
@@ -92,10 +91,8 @@ class Exchange:
         self.first_slot = (here or 0) * placement.slots_per_holder
         self.hops = make_hops(placement, me, holders, nodes, hierarchical, device)
         self.holder_of_slot = make_hops(placement, me, holders, nodes, False, device)[0]
-        self._choices = {
-            layer: _Choice.of(placement, layer, Home(me, nodes[me], here), device)
-            for layer in placement.slots
-        }
+        home = Home(me, nodes[me], here)
+        self._routes = {layer: self._route(layer, home) for layer in placement.slots}
         self._slot_rows = self._no_slot_rows()
         self.rows: list[list[int]] = []  # of each micro-batch, by member
         self._next_part = 0
@@ -142,13 +139,18 @@ class Exchange:
         if x_TD.shape[0] > mine:
             raise ValueError(f"layer {layer}: {len(x_TD)} rows where this member announced {mine}")
         self.at(layer, "send")
-        slot_TK, hop = self._choices[layer].slots(expert_TK), self.hops[0]
-        if self.mode == "exact":
-            row_N, splits = self.places.wanted(slot_TK, hop.member_of_slot, self.group.size)
-        else:
-            row_N, splits = _every_row(mine, len(hop.targets), x_TD.device), hop.to_all(mine)
-        packed = self.places.pack(self.wire.words(x_TD), slot_TK, self.group.rank, row_N)
+        packed, slot_TK, splits = self.places.pack(
+            self._routes[layer], self.wire.words(x_TD), expert_TK,
+            None if self.mode == "exact" else mine,
+        )  # fmt: skip
         return Pending(self, layer, rows, packed, splits, slot_TK)
+
+    def _route(self, layer: int, home: Home) -> Route:
+        chosen, device = self.placement.choose(layer, home), self.group.device
+        table_ER = torch.from_numpy(chosen.table).to(device)
+        count_E = torch.from_numpy(chosen.count).to(device)
+        to_S = self.hops[0].member_of_slot
+        return Route(table_ER, count_E, to_S, self.group.size, self.group.rank)
 
     def take_slot_rows(self) -> NDArray[np.int64]:
         """Rows that each slot of this member got since the last call: [MoE layers, slots]."""
@@ -271,48 +273,22 @@ class Pending:
         holding, wire = exchange.holding, exchange.wire
         if holding is None:
             return packed.new_empty(0, wire.hidden, dtype=torch.float32), [0] * members
-        home_R = wire.homes(packed)
         if len(exchange.hops) > 1:  # relays mix homes, but keep the order of each
-            order_R = home_R.argsort(stable=True)
-            packed, home_R = packed[order_R], home_R[order_R]
+            packed = packed[wire.homes(packed).argsort(stable=True)]
         first, seen_S = exchange.first_slot, exchange.rows_of_slots(self._layer)
-        slot_RK = wire.slots(packed)
         if exchange.mode == "static":
             row_N = torch.arange(packed.shape[0], device=packed.device)
             row_N = row_N.int().repeat_interleave(wire.top_k)
+            slot_RK = wire.slots(packed)
             ours_RK = (slot_RK >= first) & (slot_RK < first + len(seen_S))
             slot_N = torch.where(ours_RK, slot_RK - first, -1).flatten()
             seen_S.scatter_add_(0, slot_N.long().clamp(min=0), ours_RK.flatten().long())
             splits = [n * wire.top_k for n in self._rows]
         else:
-            row_N, slot_N, splits = exchange.places.picked(slot_RK, first, seen_S, home_R, members)
+            row_N, slot_N, splits = exchange.places.picked(
+                packed, wire.top_k, first, seen_S, members
+            )
         return holding.compute(self._layer, wire.values(packed), row_N, slot_N), splits
-
-
-@lru_cache(64)
-def _every_row(rows: int, copies: int, device: torch.device) -> Tensor:
-    return torch.arange(rows, dtype=torch.int32, device=device).repeat(copies)
-
-
-class _Choice(NamedTuple):
-    """The replicas that rows of this member use in one layer (ExpertPlacement.choose)."""
-
-    table_ER: Tensor
-    count_E: Tensor
-
-    @staticmethod
-    def of(placement: ExpertPlacement, layer: int, home: Home, device: torch.device) -> _Choice:
-        chosen = placement.choose(layer, home)
-        return _Choice(
-            torch.from_numpy(chosen.table).to(device), torch.from_numpy(chosen.count).to(device)
-        )
-
-    def slots(self, expert_TK: Tensor) -> Tensor:
-        """int32 [T, K]."""
-        if self.table_ER.shape[1] == 1:
-            return self.table_ER.view(-1)[expert_TK]
-        row_T = torch.arange(len(expert_TK), device=expert_TK.device)
-        return self.table_ER[expert_TK, row_T[:, None] % self.count_E[expert_TK]]
 
 
 class RemoteExperts:

@@ -258,15 +258,14 @@ long rs_wanted_rows(const int32_t* slot, long stride, long R, long K, const int6
                     long entries, long M, int32_t* row, int64_t* count) {
     return wanted_rows(slot, stride, R, K, table, entries, M, row, count);
 }
-void rs_pack_rows(const int32_t* word, long stride, long T, long W, const int32_t* slot, long K,
-                  int home, const int32_t* row, long N, int32_t* out) {
-    pack_rows(word, stride, T, W, slot, K, home, row, N, out);
+long rs_pack_rows(const Route* to, const int32_t* word, long stride, long T, long W,
+                  const int32_t* expert, long K, long all, int32_t* slot, int32_t* out,
+                  int64_t* sent) {
+    return pack_rows(*to, word, stride, T, W, expert, K, all, slot, out, sent);
 }
-long rs_picked_slots(const int32_t* slot, long stride, long R, long K, int first, int slots,
-                     const int32_t* home, long home_stride, long M, int32_t* row, int32_t* local,
-                     int64_t* count, int64_t* seen) {
-    return picked_slots(slot, stride, R, K, first, slots, home, home_stride, M, row, local, count,
-                        seen);
+long rs_picked_slots(const int32_t* packed, long width, long R, long K, int first, int slots,
+                     long M, int32_t* row, int32_t* local, int64_t* count, int64_t* seen) {
+    return picked_slots(packed, width, R, K, first, slots, M, row, local, count, seen);
 }
 
 // Tokens of R rows, their log-probabilities, and of the `most` likely ids of each.

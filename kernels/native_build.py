@@ -44,8 +44,9 @@ SIGNATURES: dict[str, list[Any]] = {
     "rs_expert_rows": [POINTER, LONG, LONG, POINTER, POINTER, LONG, POINTER, POINTER, POINTER],
     "rs_row_places": [POINTER, LONG, POINTER, LONG, LONG, POINTER, POINTER],
     "rs_wanted_rows": [POINTER, LONG, LONG, LONG, POINTER, LONG, LONG, POINTER, POINTER],
-    "rs_pack_rows": [POINTER, LONG, LONG, LONG, POINTER, LONG, INT, POINTER, LONG, POINTER],
-    "rs_picked_slots": [POINTER, LONG, LONG, LONG, INT, INT, POINTER, LONG, LONG]
+    "rs_pack_rows": [POINTER, POINTER, LONG, LONG, LONG, POINTER, LONG, LONG]
+    + [POINTER, POINTER, POINTER],
+    "rs_picked_slots": [POINTER, LONG, LONG, LONG, INT, INT, LONG]
     + [POINTER, POINTER, POINTER, POINTER],
     "rs_draw": [POINTER, LONG, LONG, LONG, POINTER, LONG, POINTER, POINTER, POINTER, POINTER],
     "rs_pass": [POINTER] * 6,
@@ -74,7 +75,8 @@ def load_native(target: str = "native") -> tuple[ctypes.CDLL, bool]:
         getattr(library, name).restype = None
     for name in ("rs_experts", "rs_expert_rows", "rs_combine", "rs_pass", "rs_drafts"):
         getattr(library, name).restype = INT
-    library.rs_wanted_rows.restype = library.rs_picked_slots.restype = LONG
+    for name in ("rs_wanted_rows", "rs_pack_rows", "rs_picked_slots"):
+        getattr(library, name).restype = LONG
     library.rs_init.restype = library.rs_narrow.restype = INT
     return library, bool(library.rs_init())
 

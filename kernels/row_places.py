@@ -2,16 +2,52 @@
 
 Bookkeeping on small integers between two exchanges, in each layer: a dozen torch calls each, or one
 of C++ (native_rows.h). `member_S`: int64, the member of each slot, with one more entry at the end
-for slot -1; the number of members stands for nobody.
+for slot -1; the number of members stands for nobody. Packed rows are int32: the words of a row, its
+K slots, and the member that is its home.
 """
 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from rayseek.kernels.native_build import LONG, POINTER
+
+
+@dataclass(frozen=True)
+class Route:
+    """The way of member `home`'s rows in one layer: expert e of row t is in slot
+    table_ER[e, t % count_E[e]] (both int32), and the row goes to that one's member."""
+
+    table_ER: Tensor
+    count_E: Tensor
+    member_S: Tensor
+    members: int
+    home: int
+
+    @cached_property
+    def receivers(self) -> frozenset[int]:
+        """All members that rows may go to."""
+        return frozenset(self.member_S.tolist()) - {self.members}
+
+    @cached_property
+    def native(self) -> _NativeRoute:
+        return _NativeRoute(
+            self.table_ER.data_ptr(), self.count_E.data_ptr(), self.member_S.data_ptr(),
+            self.table_ER.shape[1], self.member_S.shape[0], self.members, self.home,
+        )  # fmt: skip
+
+
+class _NativeRoute(ctypes.Structure):
+    _fields_ = (
+        ("table", POINTER), ("count", POINTER), ("member", POINTER),
+        ("replicas", LONG), ("entries", LONG), ("members", LONG), ("home", LONG),
+    )  # fmt: skip
 
 
 class RowPlaces(Protocol):
@@ -23,12 +59,17 @@ class RowPlaces(Protocol):
     def wanted(self, slot_RK: Tensor, member_S: Tensor, members: int) -> tuple[Tensor, list[int]]:
         """Rows grouped by the members that have one of their slots, each once: int32 [N]."""
 
-    def pack(self, words_TW: Tensor, slot_TK: Tensor, home: int, row_N: Tensor) -> Tensor:
-        """int32 [N, W + K + 1]: words, slots and home of the rows row_N (int32). An index from T
-        on is a row of slots -1, which wants nothing."""
+    def pack(
+        self, route: Route, words_TW: Tensor, expert_TK: Tensor, every: int | None
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """Packed rows by the member that they go to, and the slots of all, int32 [T, K].
+
+        every: None: a row goes to the members that have one of its slots; else as many rows go to
+        each that has any slot, and rows from T on are of slots -1, which want nothing.
+        """
 
     def picked(
-        self, slot_RK: Tensor, first: int, seen_S: Tensor, home_R: Tensor, members: int
+        self, packed_RW: Tensor, top_k: int, first: int, seen_S: Tensor, members: int
     ) -> tuple[Tensor, Tensor, list[int]]:
         """Row and local slot, int32 [N], of the slots from `first` on, as many as seen_S (int64)
         has counters, which grow by their rows; counts are by home."""
@@ -50,26 +91,37 @@ class TorchPlaces:
         wanted_RM = wanted.scatter_(1, member_S[slot_RK], True)[:, :members]
         return wanted_RM.T.nonzero()[:, 1].int(), wanted_RM.sum(0).tolist()
 
-    def pack(self, words_TW: Tensor, slot_TK: Tensor, home: int, row_N: Tensor) -> Tensor:
-        tokens, width = words_TW.shape
+    def pack(
+        self, route: Route, words_TW: Tensor, expert_TK: Tensor, every: int | None
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        (tokens, width), device = words_TW.shape, words_TW.device
+        row_T = torch.arange(tokens, device=device)
+        slot_TK = route.table_ER[expert_TK, row_T[:, None] % route.count_E[expert_TK]]
+        if every is None:
+            row_N, sent = self.wanted(slot_TK, route.member_S, route.members)
+        else:
+            sent = [every if member in route.receivers else 0 for member in range(route.members)]
+            row_N = torch.arange(every, device=device).repeat(len(route.receivers))
         packed = words_TW.new_full((tokens + 1, width + slot_TK.shape[1] + 1), -1)
         packed[:tokens, :width], packed[:tokens, width:-1] = words_TW, slot_TK
-        packed[tokens, :width], packed[:, -1] = 0, home
-        return packed[row_N.clamp(max=tokens)]
+        packed[tokens, :width], packed[:, -1] = 0, route.home
+        return packed[row_N.clamp(max=tokens)], slot_TK, sent
 
     def picked(
-        self, slot_RK: Tensor, first: int, seen_S: Tensor, home_R: Tensor, members: int
+        self, packed_RW: Tensor, top_k: int, first: int, seen_S: Tensor, members: int
     ) -> tuple[Tensor, Tensor, list[int]]:
+        slot_RK = packed_RW[:, -1 - top_k : -1]
         local_RK = slot_RK - first
         ours_RK = (slot_RK >= 0) & (local_RK >= 0) & (local_RK < seen_S.shape[0])
         row_N, local_N = ours_RK.nonzero()[:, 0].int(), local_RK[ours_RK]
         seen_S += torch.bincount(local_N, minlength=seen_S.shape[0])
-        counts = torch.bincount(home_R[row_N], minlength=members).tolist()
+        counts = torch.bincount(packed_RW[:, -1][row_N], minlength=members).tolist()
         return row_N, local_N, counts
 
 
 class NativePlaces:
-    """On the CPU, by the library of `NativeOps`. Slots are int32 and contiguous within a row."""
+    """On the CPU, by the library of `NativeOps`. Slots are int32 and contiguous within a row; experts
+    and packed rows are contiguous."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -92,25 +144,28 @@ class NativePlaces:
         )  # fmt: skip
         return row_N[:found], list(counts)
 
-    def pack(self, words_TW: Tensor, slot_TK: Tensor, home: int, row_N: Tensor) -> Tensor:
-        tokens, width = words_TW.shape
-        rows, slot_TK = row_N.shape[0], slot_TK.contiguous()
-        packed = torch.empty(rows, width + slot_TK.shape[1] + 1, dtype=torch.int32)
-        self._library.rs_pack_rows(
-            words_TW.data_ptr(), words_TW.stride(0), tokens, width, slot_TK.data_ptr(),
-            slot_TK.shape[1], home, row_N.data_ptr(), rows, packed.data_ptr(),
+    def pack(
+        self, route: Route, words_TW: Tensor, expert_TK: Tensor, every: int | None
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        (tokens, width), top_k, members = words_TW.shape, expert_TK.shape[1], route.members
+        most = tokens * min(top_k, members) if every is None else every * members
+        packed = torch.empty(most, width + top_k + 1, dtype=torch.int32)
+        slot_TK, sent = torch.empty_like(expert_TK), (ctypes.c_int64 * members)()
+        found = self._library.rs_pack_rows(
+            ctypes.byref(route.native), words_TW.data_ptr(), words_TW.stride(0), tokens, width,
+            expert_TK.data_ptr(), top_k, -1 if every is None else every, slot_TK.data_ptr(),
+            packed.data_ptr(), sent,
         )  # fmt: skip
-        return packed
+        return packed[:found], slot_TK, list(sent)
 
     def picked(
-        self, slot_RK: Tensor, first: int, seen_S: Tensor, home_R: Tensor, members: int
+        self, packed_RW: Tensor, top_k: int, first: int, seen_S: Tensor, members: int
     ) -> tuple[Tensor, Tensor, list[int]]:
-        rows, top_k = slot_RK.shape
+        rows, width = packed_RW.shape
         row_N = torch.empty(rows * top_k, dtype=torch.int32)
         local_N, counts = torch.empty_like(row_N), (ctypes.c_int64 * members)()
         found = self._library.rs_picked_slots(
-            slot_RK.data_ptr(), slot_RK.stride(0), rows, top_k, first, seen_S.shape[0],
-            home_R.data_ptr(), home_R.stride(0), members, row_N.data_ptr(), local_N.data_ptr(),
-            counts, seen_S.data_ptr(),
+            packed_RW.data_ptr(), width, rows, top_k, first, seen_S.shape[0], members,
+            row_N.data_ptr(), local_N.data_ptr(), counts, seen_S.data_ptr(),
         )  # fmt: skip
         return row_N[:found], local_N[:found], list(counts)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rayseek.kernels.native import NativeOps
 from rayseek.kernels.native_build import NativeUnavailableError
-from rayseek.kernels.row_places import NativePlaces, RowPlaces, TorchPlaces
+from rayseek.kernels.row_places import NativePlaces, Route, RowPlaces, TorchPlaces
 
 
 def native() -> RowPlaces:
@@ -34,7 +34,13 @@ def test_rows_go_where_their_slots_are(
     member_S = torch.randint(0, members + 1, (slots + 1,), generator=make)
     member_S[-1] = members
     wide = torch.randint(-1, slots, (rows, top_k + 2), generator=make).int()
-    slot_RK, home_R = wide[:, 1:-1], wide[:, -1] % members  # rows lie in wider rows
+    wide[:, -1] %= members
+    slot_RK, packed_RW = wide[:, 1:-1], wide  # slots lie in wider rows
+    experts, replicas, extra = rows % 5 + 1, seed % 3 + 1, seed % 4
+    table_ER = torch.randint(0, slots, (experts, replicas), generator=make).int()
+    count_E = torch.randint(1, replicas + 1, (experts,), generator=make).int()
+    expert_TK = torch.randint(0, experts, (rows, top_k), generator=make).int()
+    route = Route(table_ER, count_E, member_S, members, 3)
     real = slot_RK.clamp(min=0) * 0 + torch.randint(0, slots, slot_RK.shape, generator=make).int()
     everyone = member_S.clamp(max=members - 1)
     for each in (native(), TorchPlaces()):
@@ -53,7 +59,7 @@ def test_rows_go_where_their_slots_are(
 
         first, mine = slots // 3, slots // 2
         seen_S = torch.full((mine,), 5)
-        row_N, slot_N, homes = each.picked(slot_RK, first, seen_S, home_R, members)
+        row_N, slot_N, homes = each.picked(packed_RW, top_k, first, seen_S, members)
         pairs = [
             (r, s - first)
             for r, row in enumerate(slot_RK.tolist())
@@ -61,15 +67,27 @@ def test_rows_go_where_their_slots_are(
             if s >= 0 and first <= s < first + mine
         ]
         assert list(zip(row_N.tolist(), slot_N.tolist(), strict=True)) == pairs
-        at = [int(home_R[r]) for r, _ in pairs]
+        at = [int(packed_RW[r, -1]) for r, _ in pairs]
         assert homes == [at.count(m) for m in range(members)]
         assert seen_S.tolist() == [5 + slot_N.tolist().count(s) for s in range(mine)]
 
         words_TW = torch.randint(-(2**31), 2**31, (rows, 6), generator=make).int()[:, 1:4]
-        row_N = torch.randint(0, rows + 3, (7,), generator=make).int()
-        packed = each.pack(words_TW, slot_RK, 3, row_N)
-        nothing = [0, 0, 0] + [-1] * top_k + [3]
-        assert packed.tolist() == [
-            [*words_TW[r].tolist(), *slot_RK[r].tolist(), 3] if r < rows else nothing
-            for r in row_N.tolist()
-        ]
+        for every in (None, rows + extra):
+            packed, slot_TK, sent = each.pack(route, words_TW, expert_TK, every)
+            slots_of = [
+                [int(table_ER[e, t % count_E[e]]) for e in row]
+                for t, row in enumerate(expert_TK.tolist())
+            ]
+            assert slot_TK.shape == expert_TK.shape and slot_TK.tolist() == slots_of
+            row = [[*w, *s, 3] for w, s in zip(words_TW.tolist(), slots_of, strict=True)]
+            if every is None:
+                to = [set(member_S[s].tolist()) for s in slots_of]
+                by_member = [
+                    [r for r, ms in zip(row, to, strict=True) if m in ms] for m in range(members)
+                ]
+            else:
+                nothing = [0, 0, 0] + [-1] * top_k + [3]
+                all_rows = row + [nothing] * extra
+                by_member = [all_rows if m in member_S.tolist() else [] for m in range(members)]
+            assert sent == [len(rows_of) for rows_of in by_member]
+            assert packed.tolist() == sum(by_member, [])

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
+from functools import reduce
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from rayseek.cluster.grammar import GrammarCompiler
-from rayseek.cluster.next_token import TokenChooser, draws_alike, masks_at
+from rayseek.cluster.next_token import TokenChooser, masks_at
 from rayseek.cluster.request import Token
-from rayseek.cluster.sequence import Sequence
+from rayseek.cluster.sequence import Place, Sequence
 from rayseek.kernels.sampler import Row
 from rayseek.model.batch import PAGE_TOKENS, Batch
 from rayseek.model.cached_model import Passed
@@ -97,7 +98,7 @@ class Drafter:
     ) -> bool:
         """In one call, where the model can do that and no draft decides how the next is drawn."""
         places = [s.place for s in drafting]
-        if not (places and all(map(draws_alike, places))):
+        if not (places and all(place.decides_nothing for place in places)):
             return False
         rows = self._chooser.rows(places, model.vocab_size, hidden_TD.device)
         found = model.drafts_ahead(batch, hidden_TD, rows, most)
@@ -120,7 +121,7 @@ class Drafter:
                 ids = [[s.drafts[-1]] for s in drafting]
                 starts = [s.computed - 1 + number for s in drafting]
                 batch = Batch.of_sequences(ids, starts, [s.pages for s in drafting])
-            places = [s.places(number)[-1] for s in drafting]
+            places = [reduce(Place.then, s.drafts, s.place) for s in drafting]
             masks = masks_at(places, self._grammars)
             passed = model.draft(batch, hidden_TD)
             if not drafting:
@@ -137,8 +138,8 @@ class Drafter:
                 hidden_TD, drafting = hidden_TD[on], [drafting[r] for r in on]
 
 
-def learned_to(start: int, known: int, computed: int, depth: int) -> int:
-    """Before which token the module learns of those computed from `start` on; drafts that fell are
+def learned_to(known: int, computed: int, depth: int) -> int:
+    """Before which token the module learns of those computed in a step; drafts that fell are
     behind `computed`, drafts at all behind `known`.
 
     While nobody drafts, only what may be shared: full pages of a prompt. A gap in what it has
@@ -146,7 +147,7 @@ def learned_to(start: int, known: int, computed: int, depth: int) -> int:
     """
     if depth:
         return computed
-    return min(computed, known // PAGE_TOKENS * PAGE_TOKENS) if known - start > 1 else start
+    return min(computed, known // PAGE_TOKENS * PAGE_TOKENS)
 
 
 def room(s: Sequence) -> int:

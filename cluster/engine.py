@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Protocol
 
@@ -371,44 +371,49 @@ class Engine:
     def _forward(self, rows: Rows[tuple[Sequence, int]], draft_depth: int) -> list[Delta]:
         """Run the model over new rows, choose tokens where all known ones are computed, commit."""
         starts = [s.computed for s, _ in rows]
-        places = [
-            s.places(s.computed + count - len(s.ids))
-            if s.computed + count >= len(s.ids) and not s.only_prompt
-            else []
-            for s, count in rows
+        wanted = [  # rows of which tokens are drawn
+            0 if s.only_prompt else max(0, s.computed + count - len(s.ids) + 1) for s, count in rows
         ]
         batch = Batch.of_sequences(
             [s.inputs(count) for s, count in rows],
             starts,
             [s.pages for s, _ in rows],
-            [len(p) for p in places],
+            wanted,
         )
-        flat = [place for p in places for place in p]
-        masks = masks_at(flat, self._grammars)
+        places = [
+            place
+            for (s, _), number in zip(rows, wanted, strict=True)
+            if number
+            for place in s.places(number - 1)
+        ]
+        masks = masks_at(places, self._grammars)
         self._clock.enter("model" if rows else IDLE)  # without rows, it is the others who work
         passed = self.model.forward(batch)  # the masks are made meanwhile
         self._clock.enter("sample")
-        tokens = self.chooser.choose(flat, passed.logits_RV, masks) if flat else []
+        tokens = self.chooser.choose(places, passed.logits_RV, masks) if places else []
 
         # Everything that can fail is behind us: commit.
+        learning = self.meter.most > 0
         deltas: list[Delta] = []
         first_row = first_token = 0
-        for (sequence, count), start, own in zip(rows, starts, places, strict=True):
+        for (sequence, count), start, own in zip(rows, starts, wanted, strict=True):
             known = len(sequence.ids)
             if own:
-                deltas += self._commit(sequence, tokens[first_token : first_token + len(own)])
+                deltas += self._commit(sequence, tokens[first_token : first_token + own])
             else:
                 sequence.computed = min(start + count, len(sequence.ids) - 1)
                 self._publish(sequence, start)
                 if sequence.only_prompt and sequence.computed == len(sequence.ids) - 1:
                     deltas.append(self._end(sequence, (), FinishReason.LENGTH))
-            end = learned_to(start, known, sequence.computed, draft_depth)
-            if self.meter.most and end > start:
+            end = start
+            if learning and (draft_depth or known - start > 1):
+                end = learned_to(known, sequence.computed, draft_depth)
+            if end > start:
                 assert passed.normed_TD is not None
                 hidden_TD = passed.normed_TD[first_row : first_row + end - start]
                 self._stepped.append(Stepped(sequence, start, hidden_TD))
             first_row += count
-            first_token += len(own)
+            first_token += own
         return deltas
 
     def _publish(self, sequence: Sequence, start: int) -> None:
@@ -440,14 +445,15 @@ class Engine:
             accepted = number < len(drafts) and token.id == drafts[number]
             if drafts:
                 rejected = 0 if accepted else len(drafts) - number
-                token = replace(token, drafted=accepted, rejected=rejected)
+                token = Token(token.id, token.logprob, token.top, accepted, rejected)
             sequence.append(token.id)
             tokens.append(token)
             if stop or sequence.num_emitted >= params.max_tokens:
                 finish = FinishReason.STOP if stop else FinishReason.LENGTH
             if finish or not accepted:
                 break
-        self.meter.verified(len(drafts), sum(token.drafted for token in tokens) if drafts else 0)
+        if drafts:
+            self.meter.verified(len(drafts), sum(token.drafted for token in tokens))
         if finish is FinishReason.ERROR:
             news = [Delta(key, tuple(tokens), None, sequence.cached_tokens)] if tokens else []
             return [*news, self._end(sequence, (), finish, error)]

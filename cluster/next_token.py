@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future
+from itertools import islice
 
 import numpy as np
 import torch
@@ -53,8 +54,12 @@ class TokenChooser:
         logprobs: False leaves them out even where the request wants them.
         """
         rows = self.rows(places, logits_RV.shape[1], logits_RV.device, grammar, logprobs)
-        drawn = self._sampler.draw(logits_RV, rows)
-        return [_token(*each) for each in zip(places, rows, drawn, strict=True)]
+        drawn = iter(self._sampler.draw(logits_RV, rows))
+        return [
+            _token(place, row, each)
+            for place, row in zip(places, rows, strict=True)
+            for each in islice(drawn, 1 + place.more)
+        ]
 
     def rows(
         self,
@@ -77,6 +82,7 @@ class TokenChooser:
                     edits(place),
                     next(allowed) if bound and allowed is not None else None,
                     p.logprobs if logprobs else None,
+                    place.more,
                 )
             )
         return rows
@@ -97,18 +103,11 @@ class TokenChooser:
 def _token(place: Place, row: Row, drawn: Drawn) -> Token | str:
     if drawn.id is None:
         return "the model's logits are not finite"
-    if error := place.grammar_error():  # a matcher in error lets EOS pass
+    if place.matcher and (error := place.grammar_error()):  # in error, it lets EOS pass
         return error
     if row.allowed_V is not None and not row.allowed_V[drawn.id]:
         return NO_TOKEN
     return Token(drawn.id, drawn.logprob, drawn.top)
-
-
-def draws_alike(place: Place) -> bool:
-    """Whether places behind it draw by the same rules, whatever is drawn here."""
-    p = place.sequence.request.sampling
-    counting = p.repetition_penalty != 1.0 or p.frequency_penalty or p.presence_penalty
-    return not (place.matcher or counting or p.min_tokens > place.num_emitted)
 
 
 def edits(place: Place) -> tuple[Edit, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class FinishReason(StrEnum):
@@ -45,6 +46,12 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature < 1e-5
 
+    @property
+    def counting(self) -> bool:
+        """Whether tokens that are there already change how the next one is drawn."""
+        penalised = self.frequency_penalty or self.presence_penalty
+        return bool(penalised) or self.repetition_penalty != 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -64,8 +71,7 @@ class Request:
     trace: str = ""  # W3C traceparent of the span that it is part of (traces.py); "": none
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """A sampled token; log-probabilities are of the unmodified logits.
 
     drafted: it had been proposed by the draft module and came true.

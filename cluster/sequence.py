@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from llguidance import LLMatcher
 
@@ -80,23 +81,27 @@ class Sequence:
 
     def places(self, drafts: int) -> list[Place]:
         """Where tokens are drawn: after all known tokens, and after each of the first drafts."""
-        places = [self.place]
-        for count in range(1, drafts + 1):
-            places.append(places[-1].then(self.drafts[count - 1]))
+        place = self.place
+        if drafts and place.decides_nothing:
+            return [Place(self, more=drafts)]
+        places = [place]
+        for draft in self.drafts[:drafts]:
+            places.append(places[-1].then(draft))
         return places
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A position where a token is drawn: after a sequence and drafts that nobody has verified.
 
     matcher: the grammar's state there. A place behind a draft has a copy of its own, so that
     whatever becomes of the copy, the sequence's own matcher stands behind its emitted tokens.
+    more: so many positions behind this one are meant too, drawn by the same rules.
     """
 
     sequence: Sequence
     drafts: tuple[int, ...] = ()
     matcher: LLMatcher | None = None
+    more: int = 0
 
     def then(self, draft: int) -> Place:
         """The place after one more draft. One that breaks the grammar is never accepted, and
@@ -110,6 +115,12 @@ class Place:
     @property
     def num_emitted(self) -> int:
         return self.sequence.num_emitted + len(self.drafts)
+
+    @property
+    def decides_nothing(self) -> bool:
+        """Whether places behind it draw by the same rules, whatever is drawn here."""
+        p = self.sequence.request.sampling
+        return not (self.matcher or p.counting or p.min_tokens > self.num_emitted)
 
     @property
     def counts(self) -> dict[int, int]:

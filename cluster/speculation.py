@@ -1,28 +1,33 @@
 """How many tokens to draft in a step: a pure function of what was measured.
 
 A draft costs a row in the next step and a pass of the draft module now, and brings a token when it
-is accepted. How long a step takes with so many drafts depends on the machine and the batch, so it
-is measured while the engine runs: whole steps, by depth, for batches of about one size. Acceptance
-depends on the text; it is measured by depth. Both change, so other depths are tried again, the
-less often the more a trial is expected to cost.
+is accepted. How much longer a step takes with so many drafts depends on the machine and the batch,
+so it is measured while the engine runs: whole steps, by depth, for batches of about one size. What
+was not measured is estimated from other depths, and from batches of other sizes: a depth that
+could not win is not tried. Acceptance depends on the text; it is measured by depth. Both change, so
+other depths are tried again, the less often the more a trial is expected to cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import log
 
-HOLD = 4  # steps for which a choice holds, unless the batch changes
+HOLD = 8  # steps for which a choice holds, unless the batch changes
+TRIAL = 3  # the same for a change: two of them can be measured
 TRY_AGAIN = 500  # steps, at least, after which an unused depth is tried
-TRIALS = 0.001  # part of the time that trials of a depth may cost
+SOON = 50  # the same after it has lost for the first time: by slow steps, perhaps
+TRIALS = 0.0005  # part of the time that trials of a depth may cost
 MARGIN = 1.03  # by which another depth must be predicted to be faster, and drafts at all
-CLOSE = 0.7  # of the best rate
 TEXT = 1024  # steps of sequences: how much of the work is prompts
 MEMORY = 256  # drafts that an acceptance is about
-AT_FIRST = 16  # the same after it has lost for the first time, then four times as many, and so on
 LONGER = 0.02  # weight of a time longer than what is known: it may have been interrupted
 SELDOM = 32  # steps
 PAUSE = 1.25  # more than so many times what is known counts as that many
+CHEAP = 0.15  # growth of a step by a draft while nothing is known, twice this by the first: hope
+LEAST = 0.01  # growth
+CROWDED = 0.25  # growth is as this power of the batch: its rows are less and less for free
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +36,15 @@ class Measured:
 
     acceptance[j]: part of the drafts j + 1 tokens ahead that came true, of those whose
     predecessors had. Of batches of the present size, by depth: seconds, of a step for each of its
-    sequences (None: not known); unused, the steps since a depth was last used; lost, how often in
-    a row it was used and then left. prompts: seconds that prompts take for each token of an answer,
-    by depth; with more rows beside them they take longer. depth: in use.
+    sequences (None: not known); growth, by which part it is expected to be longer than without
+    drafts, from batches of another size; unused, the steps since a depth was last used; lost, how
+    often in a row it was used and then left. prompts: seconds that prompts take for each token of
+    an answer, by depth; with more rows beside them they take longer. depth: in use.
     """
 
     acceptance: tuple[float, ...]
     seconds: tuple[float | None, ...]
+    growth: tuple[float, ...]
     unused: tuple[int, ...]
     lost: tuple[int, ...]
     prompts: tuple[float, ...]
@@ -46,7 +53,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`rates`: tokens/s predicted for 0, 1, ... drafts, as far as anything is known of them."""
+    """`rates`: tokens/s predicted for 0, 1, ... drafts, once anything is known."""
 
     depth: int
     rates: tuple[float, ...] = ()
@@ -58,36 +65,46 @@ DepthPolicy = Callable[[Measured], Choice]
 def choose_depth(measured: Measured) -> Choice:
     """Drafts to make for each decoding sequence, 0 to as many as anything was measured of.
 
-    An unknown depth comes first, unless it could not be best even if it took no longer than the
-    one before it; then one that was long unused. Else the one with the best predicted rate, if it
-    is clearly better than the one in use.
+    A depth that was long unused is on trial. Else the one with the best predicted rate, if it is
+    clearly better than the one in use.
     """
-    rates: list[float] = []
-    times: list[float] = []
-    for depth, (seconds, prompts) in enumerate(
-        zip(measured.seconds, measured.prompts, strict=True)
-    ):
-        tokens = expected_tokens(measured.acceptance[:depth])
-        if seconds is None:
-            if depth == 0 or 1 / (times[-1] / tokens + prompts) > max(rates):
-                return Choice(depth, tuple(rates))
-            break
-        times.append(seconds)
-        rates.append(1 / (seconds / tokens + prompts))
+    times = estimated_seconds(measured.seconds, measured.growth)
+    if not times:
+        return Choice(0)
+    rates = [
+        1 / (seconds / expected_tokens(measured.acceptance[:depth]) + prompts)
+        for depth, (seconds, prompts) in enumerate(zip(times, measured.prompts, strict=True))
+    ]
     best = max(range(len(rates)), key=lambda d: rates[d])
     for depth, rate in enumerate(rates):
         cost = times[depth] / times[best] * (1 - rate / rates[best])  # of a step, in steps
-        patience = max(TRY_AGAIN, HOLD * cost / TRIALS)
-        if rate > CLOSE * rates[best] or measured.lost[depth] <= 2:  # by slow steps, perhaps
-            patience = min(patience, AT_FIRST * 4 ** measured.lost[depth])
+        patience = max(TRY_AGAIN, TRIAL * cost / TRIALS)
+        if measured.lost[depth] == 1:
+            patience = SOON
         if measured.unused[depth] >= patience:
             return Choice(depth, tuple(rates))
     prospects = [rates[0] * MARGIN, *rates[1:]]
     best = max(range(len(rates)), key=lambda d: prospects[d])
-    used = measured.depth
-    if used < len(rates) and prospects[best] <= MARGIN * prospects[used]:
-        best = used
+    if prospects[best] <= MARGIN * prospects[measured.depth]:
+        best = measured.depth
     return Choice(best, tuple(rates))
+
+
+def estimated_seconds(seconds: Sequence[float | None], growth: Sequence[float]) -> list[float]:
+    """Of each depth: as measured, or longer than without drafts as `growth` says, in the scale of
+    the nearest depth that was measured. Empty as long as nothing is known without drafts."""
+    alone = seconds[0]
+    if alone is None:
+        return []
+    grown = {d: max(s / alone - 1, 0.0) for d, s in enumerate(seconds) if d and s is not None}
+    found = []
+    for depth, own in enumerate(seconds):
+        if own is None:
+            near = min(grown, key=lambda d: abs(d - depth), default=0)
+            scale = grown[near] / growth[near] if near else 1.0
+            own = alone * (1 + growth[depth] * scale)
+        found.append(own)
+    return found
 
 
 def expected_tokens(acceptance: Sequence[float]) -> float:
@@ -102,7 +119,8 @@ def expected_tokens(acceptance: Sequence[float]) -> float:
 class _Size:
     """Of batches of about one size."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, batch: int) -> None:
+        self.batch = batch
         self.seconds: list[float | None] = [None] * (most + 1)  # by depth, for each sequence
         self.row_s: list[float | None] = [None] * (most + 1)  # by depth, of a prompt's row
         self.used = [0] * (most + 1)  # by depth: the step in which it was used last
@@ -122,11 +140,10 @@ class DraftMeter:
         self._trials = [1.0] * most  # as if one of one had come true: try first
         self._successes = [1.0] * most
         self._sizes: dict[int, _Size] = {}
-        self._held, self._size = 0, _Size(most)
+        self._held, self._size = 0, _Size(most, 1)
         self._batch = 0
         self._stepped = 0, 0  # depth and batch of the last step
         self._rows, self._tokens = 0.0, 1.0  # of prompts, of answers; fading
-        self._undrafted = 0  # tokens of sequences without drafts, not yet among them
 
     @property
     def measured(self) -> Measured:
@@ -134,6 +151,7 @@ class DraftMeter:
         return Measured(
             tuple(s / t for s, t in zip(self._successes, self._trials, strict=True)),
             tuple(size.seconds),
+            self._growth(size),
             tuple(size.steps - used for used in size.used),
             tuple(size.lost),
             tuple(self._row_s(size, d) * self._rows / self._tokens for d in range(self.most + 1)),
@@ -144,14 +162,15 @@ class DraftMeter:
         """The depth of a step in which `batch` sequences decode."""
         if not (self.most and batch):
             return 0
-        self._fade(self._undrafted, self._undrafted)
-        self._undrafted = 0
+        fade = (1 - 1 / TEXT) ** batch
+        self._rows, self._tokens = self._rows * fade, self._tokens * fade + batch
         size = self._size_of(batch)
         self._held -= 1
         if self._held <= 0 or size is not self._size:
             before = self.choice.depth if size is self._size else None
-            self._size, self._held = size, HOLD
+            self._size = size
             self.choice = policy(self.measured)
+            self._held = HOLD if self.choice.depth == before else TRIAL
             if before is not None:
                 size.lost[before] = 0 if before == self.choice.depth else size.lost[before] + 1
         self._batch = batch
@@ -161,10 +180,7 @@ class DraftMeter:
 
     def verified(self, drafts: int, accepted: int) -> None:
         """`accepted` of a sequence's `drafts` came true; those behind a miss tell nothing."""
-        if not drafts:
-            self._undrafted += 1
-            return
-        self._fade(1, 1 + accepted)
+        self._tokens += accepted
         for depth in range(drafts):
             self.drafted[depth] += 1
             self.accepted[depth] += depth < accepted
@@ -172,11 +188,6 @@ class DraftMeter:
             fade = 1 - 1 / MEMORY
             self._trials[depth] = self._trials[depth] * fade + 1
             self._successes[depth] = self._successes[depth] * fade + (depth < accepted)
-
-    def _fade(self, steps: int, tokens: float) -> None:
-        """So many steps of sequences brought so many tokens."""
-        fade = (1 - 1 / TEXT) ** steps
-        self._rows, self._tokens = self._rows * fade, self._tokens * fade + tokens
 
     def step_took(self, seconds: float, prompt_rows: int) -> None:
         """The last step that `choose` was asked for, from the end of the one before it to its own.
@@ -195,8 +206,9 @@ class DraftMeter:
             own = seconds / batch
             size.seconds[depth] = own if known is None else smoothed(known, own)
         elif depth and size.steps - size.alone[depth] > SELDOM:  # no smallest one of differences
-            own = max(seconds - self._row_s(size, depth) * prompt_rows, seconds / 2) / batch
-            size.seconds[depth] = own if known is None else known + (own - known) / 8
+            if taken := self._row_s(size, depth):
+                own = max(seconds - taken * prompt_rows, seconds / 2) / batch
+                size.seconds[depth] = own if known is None else known + (own - known) / 8
         elif known is not None:
             row = max(seconds - known * batch, 0.0) / prompt_rows
             row_s = size.row_s[depth]
@@ -209,7 +221,25 @@ class DraftMeter:
     def _size_of(self, batch: int) -> _Size:
         """Exact to 7 sequences, then four sizes to a doubling."""
         scale = 1 << max(0, batch.bit_length() - 3)
-        return self._sizes.setdefault(batch // scale * scale, _Size(self.most))
+        batch = batch // scale * scale
+        if batch not in self._sizes:
+            self._sizes[batch] = _Size(self.most, batch)
+        return self._sizes[batch]
+
+    def _growth(self, size: _Size) -> tuple[float, ...]:
+        """`Measured.growth`, from the nearest size that knows it."""
+        hoped = 0.0, *(CHEAP * (1 + depth) for depth in range(1, self.most + 1))
+        known = [
+            s
+            for s in self._sizes.values()
+            if s is not size and s.seconds[0] is not None and any(s.seconds[1:])
+        ]
+        if not known:
+            return hoped
+        near = min(known, key=lambda s: abs(log(s.batch / size.batch)))
+        times = estimated_seconds(near.seconds, hoped)
+        scale = (size.batch / near.batch) ** CROWDED
+        return 0.0, *(max(scale * (s / times[0] - 1), LEAST) for s in times[1:])
 
 
 def smoothed(old: float, new: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused, SamplingParams
 from rayseek.cluster.request import Token as SampledToken
@@ -147,7 +146,7 @@ def delta_of(update: Update, request_id: str) -> Delta:
     tokens = tuple(map(plain_token, update.ids, codes))
     if update.logprobs:
         tokens = tuple(
-            replace(t, logprob=lp.logprob, top=tuple(zip(lp.top_ids, lp.top_logprobs, strict=True)))
+            t._replace(logprob=lp.logprob, top=tuple(zip(lp.top_ids, lp.top_logprobs, strict=True)))
             for t, lp in zip(tokens, update.logprobs, strict=True)
         )
     return Delta(

@@ -270,33 +270,39 @@ struct Packed {
     }
 };
 
-#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
+#if defined(__AVX512VBMI__) && defined(__AVX512BW__) && defined(__GFNI__)
 #define RS_NARROW 1
-struct Halves {  // of the bfloat16 of each e4m3 number that is not negative
-    alignas(64) uint8_t low[128], high[128];
-    Halves() {
-        for (int i = 0; i < 128; i++) {
-            int e = i >> 3, m = i & 7;
-            float x = i == 127 ? NAN : e ? std::ldexp(8.f + m, e - 10) : std::ldexp((float)m, -9);
+struct Subnormal {  // halves of the bfloat16 of m * 2^-9
+    alignas(64) uint8_t low[64] = {}, high[64] = {};
+    Subnormal() {
+        for (int m = 1; m < 8; m++) {
+            float x = std::ldexp((float)m, -9);
             uint32_t bits;
             memcpy(&bits, &x, 4);
-            low[i] = (uint8_t)(bits >> 16), high[i] = (uint8_t)(bits >> 24);
+            low[m] = (uint8_t)(bits >> 16), high[m] = (uint8_t)(bits >> 24);
         }
     }
 };
-static const Halves HALVES;
+static const Subnormal SUBNORMAL;
 
-// `count` times 64 values: in each 128 bits 8 of the first half, then 8 of the second. What is
-// `ahead` bytes further on is asked for.
+// `count` times 64 e4m3 values, none of them NaN: in each 128 bits 8 of the first half, then 8 of
+// the second. What is `ahead` bytes further on is asked for. Of a normal number s eeee mmm, the
+// bits of the bfloat16 are affine ones: s e !e !e !e !e eee mmm 0000, for its exponent is 120 more.
 static inline void widen(const uint8_t* from, long count, long ahead, u16* to) {
-    const __m512i l0 = _mm512_load_si512(HALVES.low), l1 = _mm512_load_si512(HALVES.low + 64);
-    const __m512i h0 = _mm512_load_si512(HALVES.high), h1 = _mm512_load_si512(HALVES.high + 64);
-    const __m512i sign = _mm512_set1_epi8((char)0x80);
+    const __m512i high_bits = _mm512_set1_epi64(0x1020404040404080);
+    const __m512i low_bits = _mm512_set1_epi64(0x0000000001020408);
+    const __m512i sign = _mm512_set1_epi8((char)0x80), exponent = _mm512_set1_epi8(0x78);
     for (long i = 0; i < count; i++, from += 64, to += 64) {
         __builtin_prefetch(from + ahead);
-        __m512i x = _mm512_loadu_si512(from), low = _mm512_permutex2var_epi8(l0, x, l1);
-        __m512i high = _mm512_permutex2var_epi8(h0, x, h1);
-        high = _mm512_ternarylogic_epi64(high, x, sign, 0xf8);  // high | (x & sign)
+        __m512i x = _mm512_loadu_si512(from);
+        __m512i low = _mm512_gf2p8affine_epi64_epi8(x, low_bits, 0);
+        __m512i high = _mm512_gf2p8affine_epi64_epi8(x, high_bits, 0x3c);
+        __mmask64 small = _mm512_testn_epi8_mask(x, exponent);
+        if (__builtin_expect(small != 0, 0)) {
+            low = _mm512_mask_permutexvar_epi8(low, small, x, _mm512_load_si512(SUBNORMAL.low));
+            high = _mm512_mask_permutexvar_epi8(high, small, x, _mm512_load_si512(SUBNORMAL.high));
+            high = _mm512_ternarylogic_epi64(high, x, sign, 0xf8);  // high | (x & sign)
+        }
         _mm512_store_si512(to, _mm512_unpacklo_epi8(low, high));
         _mm512_store_si512(to + 32, _mm512_unpackhi_epi8(low, high));
     }
@@ -338,23 +344,26 @@ static inline void split(v16& a, v16& b, void* out) {  // 32 bf16 of (a, b); lea
 }
 
 // MB x NB tiles of the product over k tiles [k0, k1), into c[m * NB + n]. With `ahead`, weights
-// that far on are asked for now: from beyond L2 this doubles what a core reads per second.
-template <int MB, int NB>
+// that far on are asked for now: from beyond L2 this doubles what a core reads per second. `make`
+// makes what tiles further on are loaded from.
+template <int MB, int NB, class F>
 static inline void amx_sweep(const u16* a, long a_step, const u16* b, long b_step, int planes,
-                             long k0, long k1, long ahead, v16 (*c)[16]) {
+                             long ring, long k0, long k1, long ahead, F make, v16 (*c)[16]) {
     stores_done();
     _tile_zero(0);
     if (NB > 1) _tile_zero(1);
     if (MB > 1) _tile_zero(2);
     if (MB > 1 && NB > 1) _tile_zero(3);
     for (long k = k0; k < k1; k++) {
+        make(k);
         _tile_loadd(4, a + k * 512, 64);
         if (MB > 1) _tile_loadd(5, a + a_step + k * 512, 64);
-        for (long p = k * planes; p < (k + 1) * planes; p++) {
-            for (long i = 0; ahead && i < NB * 512; i += 32)
-                __builtin_prefetch(b + (i < 512 ? i : b_step + i - 512) + p * 512 + ahead);
-            _tile_loadd(6, b + p * 512, 64);
-            if (NB > 1) _tile_loadd(7, b + b_step + p * 512, 64);
+        const u16* at = b + (k & ring) * planes * 512;
+        for (long p = 0; p < planes; p++, at += 512) {
+            for (long j = 0; ahead && j < NB; j++)
+                for (long i = 0; i < 512; i += 32) __builtin_prefetch(at + j * b_step + i + ahead);
+            _tile_loadd(6, at, 64);
+            if (NB > 1) _tile_loadd(7, at + b_step, 64);
             _tile_dpbf16ps(0, 4, 6);
             if (NB > 1) _tile_dpbf16ps(1, 4, 7);
             if (MB > 1) _tile_dpbf16ps(2, 5, 6);
@@ -383,19 +392,6 @@ static inline void soft_sweep(const float* a, long a_step, const u16* b, int pla
                 }
             }
         }
-}
-
-// One block of tiles (T is a sweep bound to its operands), with scales folded in every 128 of k.
-template <int ROWS, int NB, class T>
-static inline void scaled(T sweep, long ktiles, const float* scale, long scale_step, v16* c) {
-    if (!scale) return sweep(0, ktiles, c);
-    alignas(64) v16 part[ROWS * NB];
-    for (int i = 0; i < ROWS * NB; i++) c[i] = v16{};
-    for (long k = 0; k < ktiles; k += 4, scale += scale_step) {
-        sweep(k, std::min(k + 4, ktiles), part);
-        for (int i = 0; i < ROWS * NB; i++)
-            c[i] = madd(part[i], load(scale + i / 16 % NB * 16), c[i]);
-    }
 }
 
 static inline void finish(const Output& out, long row, long col, long n, v16 y) {
@@ -430,23 +426,35 @@ static void split_rows(const Input& x, long first, long m, long k, const Norm* n
 }
 
 #ifdef RS_AMX
-// With `narrow`, b is made of it, four tiles at a time, before the four before them are multiplied.
+// With `narrow`, b is made of it, each tile while the one before it is multiplied: all of b if it
+// is used `again`, else a ring of four tiles for each column, which stays in L1.
 template <int MB, int NB>
-static void amx_block(const u16* a, u16* b, const uint8_t* narrow, const float* scale,
+static void amx_block(const u16* a, u16* b, const uint8_t* narrow, bool again, const float* scale,
                       const Packed& w, long row, long m, long col, long ahead, const Output& out) {
-    long kt = w.ktiles();
+    const long kt = w.ktiles();
+    const long ring = narrow && !again ? 3 : -1, step = ring > 0 ? (ring + 1) * 512 : kt * 512;
     auto make = [&](long k) {
-        for (long j = 0; j < NB; j++)
-            widen(narrow + (j * kt + k) * 512, (std::min(k + 4, kt) - k) * 8, ahead,
-                  b + (j * kt + k) * 512);
+        for (long j = 0; k < kt && j < NB; j++)
+            widen(narrow + (j * kt + k) * 512, 8, ahead, b + j * step + (k & ring) * 512);
     };
-    alignas(64) v16 c[MB * NB][16];
+    auto sweep = [&](long k0, long k1, v16 (*to)[16]) {
+        if (narrow)
+            amx_sweep<MB, NB>(a, kt * 512, b, step, 1, ring, k0, k1, 0,
+                              [&](long k) { make(k + 1), stores_done(); }, to);
+        else
+            amx_sweep<MB, NB>(a, kt * 512, b, step * w.planes, w.planes, ring, k0, k1, ahead,
+                              [](long) {}, to);
+    };
+    alignas(64) v16 c[MB * NB][16], part[MB * NB][16];
     if (narrow) make(0);
-    scaled<MB * 16, NB>([&](long k0, long k1, v16* to) {
-        if (narrow && k1 < kt) make(k1);
-        amx_sweep<MB, NB>(a, kt * 512, b, kt * w.planes * 512, w.planes, k0, k1,
-                          narrow ? 0 : ahead, (v16(*)[16])to);
-    }, kt, scale, w.ntiles() * 16, c[0]);
+    if (!scale) sweep(0, kt, c);
+    for (long k = 0; scale && k < kt; k += 4, scale += w.ntiles() * 16) {
+        sweep(k, std::min(k + 4, kt), part);
+        for (int i = 0; i < MB * NB; i++)
+            for (long t = 0; t < std::min<long>(m, TOKENS); t++)
+                for (long r = t; r < 3 * TOKENS; r += TOKENS)
+                    c[i][r] = madd(part[i][r], load(scale + i % NB * 16), k ? c[i][r] : v16{});
+    }
     for (int i = 0; i < MB; i++)
         for (int t = 0; t < TOKENS && i * TOKENS + t < m; t++)
             for (int j = 0; j < NB; j++) {
@@ -461,10 +469,12 @@ template <int R>
 static void soft_block(const float* a, const u16* b, const float* scale, const Packed& w, long row,
                        long col, const Output& out) {
     long kt = w.ktiles();
-    v16 c[R];
-    scaled<R, 1>([&](long k0, long k1, v16* to) {
-        soft_sweep<R>(a, kt * 32, b, w.planes, k0, k1, to);
-    }, kt, scale, w.ntiles() * 16, c);
+    v16 c[R], part[R];
+    if (!scale) soft_sweep<R>(a, kt * 32, b, w.planes, 0, kt, c);
+    for (long k = 0; scale && k < kt; k += 4, scale += w.ntiles() * 16) {
+        soft_sweep<R>(a, kt * 32, b, w.planes, k, std::min(k + 4, kt), part);
+        for (int r = 0; r < R; r++) c[r] = madd(part[r], load(scale), k ? c[r] : v16{});
+    }
     for (int r = 0; r < R; r++) finish(out, row + r, col, w.n, c[r]);
 }
 
@@ -477,10 +487,10 @@ static void multiply(const Packed& w, long h, long first, long m, const Output& 
 #ifdef RS_AMX
     if (use_amx) {
         const u16* a = scratch<u16>(TILES, 0);
-        long panel = kt * w.planes * 512, ahead = panel > 64 * 512 ? 8 * 512 : 2 * panel;
+        long panel = kt * w.planes * 512, ahead = panel > 64 * 512 ? 8 * 512 : 4 * 512;
         long some = std::max(2l, 128 * 1024 / panel / 2 * 2);  // tile columns: 256 KiB, kept in L2
         const bool again = m > 2 * TOKENS;  // what was made of a narrow one is used more than once
-        u16* made = narrow ? scratch<u16>(WIDE, (again ? some : 2) * panel) : nullptr;
+        u16* made = narrow ? scratch<u16>(WIDE, again ? some * panel : 2 * 4 * 512) : nullptr;
         for (long n0 = 0; n0 < nt; n0 += some)
             for (long i = 0; i < m; i += 2 * TOKENS)
                 for (long n = n0; n < std::min(n0 + some, nt); n += 2) {
@@ -491,7 +501,7 @@ static void multiply(const Packed& w, long h, long first, long m, const Output& 
                     bool tall = m - i > TOKENS, wide = n + 1 < nt;
                     auto block = tall ? (wide ? amx_block<2, 2> : amx_block<2, 1>)
                                       : (wide ? amx_block<1, 2> : amx_block<1, 1>);
-                    block(ai, b, from, s, w, first + i, m - i, n * 16, i ? 0 : ahead, out);
+                    block(ai, b, from, again, s, w, first + i, m - i, n * 16, i ? 0 : ahead, out);
                 }
         return;
     }

@@ -1,7 +1,7 @@
 // A whole pass through a model in one call: the operations of native.cpp, one after another.
 //
-// For few rows: what an operation computes then takes microseconds, and calling it from Python as
-// many. Every row gets the bits that the operations give when they are called one by one.
+// With few rows an operation takes microseconds, and calling it from Python as many. Every row gets
+// the bits that the operations give when they are called one by one.
 #pragma once
 
 #include "native_matrix.h"
@@ -66,11 +66,10 @@ static void gather(const float* x, const int64_t* rows, long R, long width, floa
 }
 
 // logits [outs][V] and normed states: of all rows; with `join`, whose states nobody else needs, of
-// the out rows alone, the others only write their latents. 1 if there are too many rows.
-static int run_pass(const Pass& p, const Input_rows& in, const float* hidden,
-                    void* const* pages, float* logits, float* normed) {
+// the out rows alone, the others only write their latents; a pass with `join` has one layer.
+static void run_pass(const Pass& p, const Input_rows& in, const float* hidden,
+                     void* const* pages, float* logits, float* normed) {
     long T = in.count, D = p.width, R = p.rope, a_width = 0, q_width = 0, o_width = 0, E = 0, K = 0;
-    if (T > CHUNK || (p.join && p.count != 1)) return 1;
     for (const Layer* l = p.layers; l < p.layers + p.count; l++) {
         a_width = std::max<long>(a_width, l->q_and_kv_a->n);
         q_width = std::max<long>(q_width, l->w_uk->heads * (l->w_uk->k + R));
@@ -122,24 +121,22 @@ static int run_pass(const Pass& p, const Input_rows& in, const float* hidden,
                      (int)m->normalise, m->factor, chosen, weights);
             for (long j = 0; m->rows && j < T * m->top_k; j++) m->rows[chosen[j]]++;
         }
-        {
-            Tiles tiles;
-            gated({y, D, nullptr}, 0, T, *l.gate_up, *l.down, {x, D, nullptr, x, D});
-        }
+        for_chunks(T, [&](long first, long m) {
+            gated({y, D, nullptr}, first, m, *l.gate_up, *l.down, {x, D, nullptr, x, D});
+        });
         if (m) rs_experts(y, D, T, m->top_k, chosen, weights, m->experts, m->gate_up, m->down, x, D);
     }
     rs_rms_norm(x, D, T, D, p.final_norm, p.eps, normed);
     if (in.outs < T) gather(normed, in.out, in.outs, D, y);
     rs_linear(in.outs < T ? y : normed, D, in.outs, p.head, nullptr, 0, nullptr, 0, logits);
-    return 0;
 }
 
 // Drafts of a module, a pass for each: row i of the out rows gets as many tokens as most[i] says,
 // each drawn as `draws[i]` does, but at positions one further ahead, and fed to the next pass with
 // the state before it. tokens: [outs][ahead], -1 where there is none.
-static int run_drafts(const Pass& p, const Input_rows& in, const float* hidden,
-                      void* const* pages, const Draw* draws, const int64_t* most, long ahead,
-                      int32_t* tokens) {
+static void run_drafts(const Pass& p, const Input_rows& in, const float* hidden,
+                       void* const* pages, const Draw* draws, const int64_t* most, long ahead,
+                       int32_t* tokens) {
     long B = in.outs, D = p.width, V = p.head->n;
     float *logits, *normed, *state;
     int64_t *ids, *slots, *out, *row;  // row: of `tokens`, of those that go on
@@ -156,7 +153,7 @@ static int run_drafts(const Pass& p, const Input_rows& in, const float* hidden,
     }
     Input_rows now = in;
     for (long number = 0; number < ahead && (now.outs || !number); number++) {
-        if (run_pass(p, now, hidden, pages, logits, normed)) return 1;
+        run_pass(p, now, hidden, pages, logits, normed);
         long on = 0;
         for (long i = 0; i < now.outs; i++) {
             Draw draw = draws[row[i]];
@@ -171,16 +168,15 @@ static int run_drafts(const Pass& p, const Input_rows& in, const float* hidden,
         now = {ids, slots, out, positions, sequence, in.table, on, on, in.table_width};
         hidden = state;
     }
-    return 0;
 }
 
-extern "C" int rs_drafts(const Pass* pass, const Input_rows* rows, const float* hidden,
-                         void* const* pages, const Draw* draws, const int64_t* most, long ahead,
-                         int32_t* tokens) {
-    return run_drafts(*pass, *rows, hidden, pages, draws, most, ahead, tokens);
+extern "C" void rs_drafts(const Pass* pass, const Input_rows* rows, const float* hidden,
+                          void* const* pages, const Draw* draws, const int64_t* most, long ahead,
+                          int32_t* tokens) {
+    run_drafts(*pass, *rows, hidden, pages, draws, most, ahead, tokens);
 }
 
-extern "C" int rs_pass(const Pass* pass, const Input_rows* rows, const float* hidden,
-                       void* const* pages, float* logits, float* normed) {
-    return run_pass(*pass, *rows, hidden, pages, logits, normed);
+extern "C" void rs_pass(const Pass* pass, const Input_rows* rows, const float* hidden,
+                        void* const* pages, float* logits, float* normed) {
+    run_pass(*pass, *rows, hidden, pages, logits, normed);
 }

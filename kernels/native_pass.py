@@ -1,4 +1,4 @@
-"""A whole pass of few rows as one call of C++ (`native_pass.h`).
+"""A whole pass as one call of C++ (`native_pass.h`).
 
 What `native.py` does operation by operation, with the same bits: at one row, most of a step was
 the way from Python to C++ and back, some forty times.
@@ -59,8 +59,6 @@ class _Rows(ctypes.Structure):
 class NativePass:
     """`WholePass` of `NativeOps`."""
 
-    most_rows = 64
-
     def __init__(self, library: ctypes.CDLL, parts: PassParts, pages: Sequence[Tensor]) -> None:
         self._library = library
         self._width, self._vocab = parts.final_norm.weight_K.numel(), parts.head.n
@@ -87,11 +85,10 @@ class NativePass:
         count, outs = rows.ids_T.shape[0], rows.out_rows_R.shape[0]
         logits_RV = torch.empty(outs, self._vocab)
         normed = torch.empty(count if hidden_TD is None else outs, self._width)
-        if self._library.rs_pass(
+        self._library.rs_pass(
             self._address, self._rows_address, None if hidden_TD is None else hidden_TD.data_ptr(),
             self._pages, logits_RV.data_ptr(), normed.data_ptr(),
-        ):  # fmt: skip
-            raise ValueError(f"{count} rows: a whole pass is for {self.most_rows} at most")
+        )  # fmt: skip
         return logits_RV, normed
 
     def drafts(
@@ -101,11 +98,10 @@ class NativePass:
         hidden_TD, ahead = self._states(rows, hidden_TD), max(most)
         tokens = (ctypes.c_int32 * (len(most) * ahead))()
         packed = PackedDraws(draws, self._vocab)
-        if self._library.rs_drafts(
+        self._library.rs_drafts(
             self._address, self._rows_address, hidden_TD.data_ptr(), self._pages, packed.bytes,
             (COUNT * len(most))(*most), ahead, tokens,
-        ):  # fmt: skip
-            raise ValueError(f"a whole pass is for {self.most_rows} rows at most")
+        )  # fmt: skip
         found = (tokens[i : i + ahead] for i in range(0, len(tokens), ahead))
         return [[token for token in row if token >= 0] for row in found]
 

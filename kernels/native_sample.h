@@ -15,6 +15,7 @@ struct Draw {
     int64_t num_edits;
     float temperature, top_p, min_p;
     int32_t top_k, greedy, logprobs;  // logprobs: how many of the most likely; -1: none at all
+    int32_t more;  // rows behind this one that are drawn likewise, each one position further on
 };
 
 static inline bool any(i16x where) {

@@ -74,6 +74,7 @@ class NativeExperts:
 
 def pack_matrix(weights: list[Weight], narrow: bool = False) -> NativeWeight:
     """Matrices of one K, one below the other. narrow: e4m3 is kept as bytes."""
+    narrow = narrow and not any(_has_nan(weight.data) for weight in weights)
     stored = {(weight.data.dtype, weight.scale_inv is not None) for weight in weights}
     if stored == {(torch.float8_e4m3fn, True)}:
         data = torch.cat([_e4m3(weight.data, narrow) for weight in weights])
@@ -91,6 +92,7 @@ def pack_latent_heads(
     if kv_b.scale_inv is None:
         planes = _planes(kv_b.data)
     else:
+        narrow = narrow and not _has_nan(kv_b.data)
         scaled = _pack_scaled_heads(kv_b, heads, nope, value, narrow)
         if scaled is not None:
             return scaled
@@ -116,6 +118,12 @@ def _pack_scaled_heads(
         NativeWeight(data[:, :, :nope].transpose(2, 3), columns[first]),
         NativeWeight(data[:, :, nope:], by_row.transpose(1, 2)),
     )
+
+
+def _has_nan(data: Tensor) -> bool:
+    """Of e4m3: a number that `widen` of native_matrix.h does not know."""
+    e4m3 = data.dtype is torch.float8_e4m3fn
+    return e4m3 and bool((data.view(torch.uint8) & 0x7F == 0x7F).any())
 
 
 def _e4m3(data: Tensor, narrow: bool) -> Tensor:

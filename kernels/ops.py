@@ -194,9 +194,7 @@ class PassRows(Protocol):
 
 
 class WholePass(Protocol):
-    """A pass as one call, for `most_rows` rows at most."""
-
-    most_rows: int
+    """A pass as one call."""
 
     def __call__(self, rows: PassRows, hidden_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits [R, V] of the out rows, and states after the final norm: of all rows [T, D].

@@ -7,7 +7,7 @@ batch, on the order of requests, or on how often the step was repeated.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,8 +54,7 @@ def gumbel_noise(keys: list[tuple[int, int]], vocab: int) -> Tensor:
     return v.neg_().log1p_().neg_().log_().neg_()
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """How to pick from one row of already penalised and masked logits."""
 
     temperature: float  # < 1e-5: greedy

@@ -21,7 +21,7 @@ from torch import Tensor
 from rayseek.kernels.sample import Draw, sample, top_logprobs
 
 _U64 = 0xFFFFFFFFFFFFFFFF
-_DRAW = Struct("@QqPPPqfffiii")  # struct Draw of native_sample.h
+_DRAW = Struct("@QqPPPqfffiiii0q")  # struct Draw of native_sample.h
 
 
 class Edit(NamedTuple):
@@ -33,13 +33,25 @@ class Edit(NamedTuple):
 
 
 class Row(NamedTuple):
-    """How one row's token is chosen. Edits are made first, in order."""
+    """How one row's token is chosen. Edits are made first, in order.
+
+    more: so many rows behind this one are drawn likewise, each one position further on.
+    """
 
     draw: Draw
     banned_V: Tensor  # float32 on the logits' device: 0, or -inf for ids that are never chosen
     edits: tuple[Edit, ...] = ()
     allowed_V: NDArray[np.uint8] | None = None  # 0: the grammar forbids it; None: no grammar
     logprobs: int | None = None  # wanted besides the token's own: of so many most likely ids
+    more: int = 0
+
+    @property
+    def apart(self) -> list[Row]:
+        at = self.draw.position
+        return [
+            self._replace(draw=self.draw._replace(position=at + i), more=0)
+            for i in range(1 + self.more)
+        ]
 
 
 class Drawn(NamedTuple):
@@ -59,7 +71,7 @@ class Sampler(Protocol):
     name: str
 
     def draw(self, logits_RV: Tensor, rows: Rows[Row]) -> list[Drawn]:
-        """logits_RV: float32, consumed."""
+        """A token for each row of logits_RV, float32, consumed."""
 
 
 class TorchSampler:
@@ -68,6 +80,7 @@ class TorchSampler:
     name = "torch"
 
     def draw(self, logits_RV: Tensor, rows: Rows[Row]) -> list[Drawn]:
+        rows = [each for row in rows for each in row.apart]
         raw = {r: logits_RV[r].clone() for r, row in enumerate(rows) if row.logprobs is not None}
         finite_R, device = torch.isfinite(logits_RV).all(dim=1), logits_RV.device
         for logits_V, row in zip(logits_RV, rows, strict=True):
@@ -106,8 +119,8 @@ class NativeSampler:
         if logits_RV.stride(-1) != 1 or logits_RV.dtype is not torch.float32:
             logits_RV = logits_RV.float().contiguous()
         count, vocab = logits_RV.shape
-        if count != len(rows):
-            raise ValueError(f"{count} rows of logits for {len(rows)} draws")
+        if count != sum(1 + row.more for row in rows):
+            raise ValueError(f"{count} rows of logits for {len(rows)} draws and those behind them")
         packed = PackedDraws(rows, vocab)
         most = packed.most
         ids, logprob = (ctypes.c_int32 * count)(), (ctypes.c_float * count)()
@@ -116,16 +129,18 @@ class NativeSampler:
             logits_RV.data_ptr(), logits_RV.stride(0), count, vocab, packed.bytes, most,
             ids, logprob, top_ids, top,
         )  # fmt: skip
-        drawn = []
-        for r, row in enumerate(rows):
-            if ids[r] < 0:
-                drawn.append(Drawn(None))
-            elif row.logprobs is None:
-                drawn.append(Drawn(ids[r]))
-            else:
-                best = slice(r * most, r * most + min(row.logprobs, vocab))
-                pairs = tuple(zip(top_ids[best], top[best], strict=True))
-                drawn.append(Drawn(ids[r], logprob[r], pairs))
+        drawn: list[Drawn] = []
+        for row in rows:
+            for _ in range(1 + row.more):
+                r = len(drawn)
+                if ids[r] < 0:
+                    drawn.append(Drawn(None))
+                elif row.logprobs is None:
+                    drawn.append(Drawn(ids[r]))
+                else:
+                    best = slice(r * most, r * most + min(row.logprobs, vocab))
+                    pairs = tuple(zip(top_ids[best], top[best], strict=True))
+                    drawn.append(Drawn(ids[r], logprob[r], pairs))
         return drawn
 
 
@@ -136,7 +151,7 @@ class PackedDraws:
         self._held: list[object] = list(rows)
         packed = bytearray()
         self.most = 0
-        for d, banned_V, edits, allowed_V, logprobs in rows:
+        for d, banned_V, edits, allowed_V, logprobs, more in rows:
             edits_at = allowed_at = None
             if edits:
                 array = np.array(
@@ -154,7 +169,7 @@ class PackedDraws:
             packed += _DRAW.pack(
                 d.seed & _U64, d.position, banned_V.data_ptr(), allowed_at or 0, edits_at or 0,
                 len(edits), d.temperature, d.top_p, d.min_p, min(d.top_k, vocab), d.greedy,
-                -1 if logprobs is None else min(logprobs, vocab),
+                -1 if logprobs is None else min(logprobs, vocab), more,
             )  # fmt: skip
         self.bytes = bytes(packed)
 

@@ -84,7 +84,7 @@ class CachedModel:
         if self._graphs is not None and (passed := self._graphs.run(batch)):
             return Passed(*passed)
         whole = self._whole
-        if whole is not None and 0 < len(batch.ids_T) <= whole.most_rows and micro_batches == 1:
+        if whole is not None and len(batch.ids_T) and micro_batches == 1:
             return Passed(*whole(batch))
         return Passed(*self._forward(batch.to(self.device), micro_batches))
 
@@ -103,7 +103,7 @@ class CachedModel:
         """
         assert self.mtp is not None
         whole = self._whole_draft
-        if whole is not None and 0 < len(batch.ids_T) <= whole.most_rows:
+        if whole is not None and len(batch.ids_T):
             return Passed(*whole(batch, hidden_TD))
         hidden_TD = hidden_TD.to(self.device)
         return Passed(*self.mtp(batch.to(self.device), hidden_TD, self.cache.layers[-1]))
@@ -117,7 +117,7 @@ class CachedModel:
         where every pass is one call: nothing was done.
         """
         whole = self._whole_draft
-        if whole is None or not 0 < len(batch.ids_T) <= whole.most_rows:
+        if whole is None or not len(batch.ids_T):
             return None
         return whole.drafts(batch, hidden_TD, draws, most)
 
@@ -125,7 +125,7 @@ class CachedModel:
         """Write the module's latents of rows of which no draft is wanted."""
         assert self.mtp is not None
         whole = self._whole_draft
-        if whole is not None and len(batch.ids_T) <= whole.most_rows:
+        if whole is not None:
             whole(batch, hidden_TD)
             return
         hidden_TD = hidden_TD.to(self.device)
@@ -133,5 +133,5 @@ class CachedModel:
 
 
 def _whole_pass(ops: Ops, parts: PassParts | None, pages: list[Tensor]) -> WholePass | None:
-    """For batches of few rows, where operations and model allow it."""
+    """Where operations and model allow it."""
     return ops.whole_pass(parts, pages) if isinstance(ops, PassOps) and parts else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -75,7 +74,7 @@ def test_draws_follow_the_distribution(number: int) -> None:
     scaled = np.float32(logits) / np.float32(draw.temperature)
     kept = sorted(plain_filter(scaled, draw.top_k, draw.top_p, draw.min_p))
     weights = np.exp(scaled[kept].astype(np.float64) - scaled.max())
-    filtered = [replace(draw, position=position) for position in range(500)]
+    filtered = [draw._replace(position=position) for position in range(500)]
     drawn = sample(torch.tensor(logits).repeat(n, 1)[:500], filtered)
     left = torch.full((len(logits),), -torch.inf)  # filtering once makes 100,000 draws fast
     left[kept] = torch.tensor(logits)[kept]

@@ -17,15 +17,16 @@ from torch import Tensor
 from rayseek.cluster.engine import Engine, run_to_end
 from rayseek.cluster.next_token import edits
 from rayseek.cluster.request import Delta, FinishReason, Request, SamplingParams, Token
-from rayseek.cluster.sequence import Sequence
+from rayseek.cluster.sequence import Place, Sequence
 from rayseek.cluster.speculation import (
-    AT_FIRST,
     MARGIN,
+    SOON,
     TRY_AGAIN,
     Choice,
     DraftMeter,
     Measured,
     choose_depth,
+    estimated_seconds,
     expected_tokens,
 )
 from rayseek.kernels.sampler import apply_edit
@@ -44,6 +45,7 @@ def measurements(draw: st.DrawFn) -> Measured:
     return Measured(
         for_each(st.floats(0, 1), most),
         for_each(st.floats(1e-4, 1.0) | st.none()),
+        (0.0, *for_each(st.floats(0.01, 3.0), most)),
         for_each(st.integers(0, 3 * TRY_AGAIN)),
         for_each(st.integers(0, 9)),
         for_each(st.floats(0, 1.0)),
@@ -54,48 +56,71 @@ def measurements(draw: st.DrawFn) -> Measured:
 @given(measurements())
 def test_a_depth_is_on_trial_or_has_the_best_prospect(measured: Measured) -> None:
     choice = choose_depth(measured)
-    first = next((d for d, s in enumerate(measured.seconds) if s is None), None)
-    known = [s for s in measured.seconds[:first] if s is not None]
-    tokens = [expected_tokens(measured.acceptance[:d]) for d in range(len(known) + 1)]
-    rates = [1 / (s / t + p) for s, t, p in zip(known, tokens, measured.prompts, strict=False)]
+    times = estimated_seconds(measured.seconds, measured.growth)
+    if measured.seconds[0] is None:
+        assert choice == Choice(0) and not times, "what drafts cost is beyond this"
+        return
+    assert all(own in (None, time) for own, time in zip(measured.seconds, times, strict=True))
+    tokens = [expected_tokens(measured.acceptance[:d]) for d in range(len(times))]
+    rates = [1 / (s / t + p) for s, t, p in zip(times, tokens, measured.prompts, strict=True)]
     assert choice.rates == pytest.approx(rates)
-    if choice.depth == len(known):
-        hoped = 1 / ((known or [1.0])[-1] / tokens[-1] + measured.prompts[len(known)])
-        assert hoped > max(rates, default=0), "it could be best"
-    elif measured.unused[choice.depth] < min(
-        TRY_AGAIN, AT_FIRST * 4 ** measured.lost[choice.depth]
-    ):
+    lost_once = measured.lost[choice.depth] == 1
+    if measured.unused[choice.depth] < (SOON if lost_once else TRY_AGAIN):
         best = max(range(len(rates)), key=lambda d: rates[d])
         assert rates[choice.depth] * MARGIN**2 >= rates[best] * (1 - 1e-9)
-        assert rates[choice.depth] >= rates[0], "never predicted to be slower than without drafts"
+
+
+NEVER_LOST = (0, 0, 0), (0, 0, 0), (0.0, 0.0, 0.0)
+
+
+def chosen(
+    acceptance: tuple[float, ...],
+    seconds: tuple[float | None, ...],
+    used: int,
+    growth: tuple[float, ...] = (0.0, 0.3, 0.45),
+) -> int:
+    return choose_depth(Measured(acceptance, seconds, growth, *NEVER_LOST, used)).depth
 
 
 def test_extremes() -> None:
-    fresh = (0, 0, 0), (9, 9, 9), (0.0, 0.0, 0.0)
     sure, never = (1.0, 1.0), (0.0, 0.0)
     flat, steep = (0.010, 0.011, 0.012), (0.010, 0.021, 0.032)
-    assert choose_depth(Measured(never, flat, *fresh, 2)).depth == 0
-    assert choose_depth(Measured(sure, flat, *fresh, 0)).depth == 2
-    assert choose_depth(Measured((1.0, 0.0), flat, *fresh, 0)).depth == 1
-    assert choose_depth(Measured(sure, steep, *fresh, 2)).depth == 0, (
-        "a row costs a step of its own"
-    )
-    assert choose_depth(Measured(sure, (None,) * 3, *fresh, 0)).depth == 0, "find out"
-    assert choose_depth(Measured(sure, (0.010, None, None), *fresh, 0)).depth == 1
-    assert choose_depth(Measured(sure, (0.010, 0.021, None), *fresh, 0)).depth == 2
-    assert choose_depth(Measured(sure, (0.010, 0.040, None), *fresh, 0)).depth == 0, "no hope"
+    assert chosen(never, flat, 2) == 0
+    assert chosen(sure, flat, 0) == 2
+    assert chosen((1.0, 0.0), flat, 0) == 1
+    assert chosen(sure, steep, 2) == 0, "a row costs a step of its own"
+
+
+def test_what_is_not_known_is_tried_where_it_could_be_best() -> None:
+    sure = (1.0, 1.0)
+    assert chosen(sure, (None,) * 3, 2) == 0, "first what a step takes by itself"
+    assert chosen(sure, (0.010, None, None), 0) == 2, "hope"
+    assert chosen(sure, (0.010, None, None), 0, (0.0, 1.1, 2.2)) == 0, "elsewhere it did not pay"
+    assert chosen(sure, (0.010, None, None), 0, (0.0, 0.8, 2.2)) == 1
+    assert chosen(sure, (0.010, 0.016, None), 1) == 2, "one more is half as much again"
+    assert chosen(sure, (0.010, 0.031, None), 1) == 0
+    assert chosen(sure, (0.010, None, 0.040), 2) == 0, "3 for a third of the growth with 2"
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(0.1, 4.0))
+def test_batches_of_another_size_are_asked_first(known: int, now: int, growth: float) -> None:
+    """Rows are the less for free the more there are; how much less, the next trial says."""
+    meter = DraftMeter(2)
+    for batch in [known] * 8 + [now]:
+        depth = meter.choose(choose_depth, batch)
+        meter.step_took(0.010 * batch * (1 + depth * growth), 0)
+    if meter._size_of(known) is not meter._size_of(now):
+        longer = 2 * growth * (now / known) ** 0.25  # with 2 drafts, the first and only trial
+        assert meter.measured.growth == pytest.approx(
+            (0.0, longer * 2 / 3, longer), rel=0.1
+        )  # a size stands for some
 
 
 def test_a_choice_does_not_waver() -> None:
     """Two depths that are predicted to be about as good: whichever is in use, stays."""
     close = (0.010, 0.0195, 0.0290)
     for used in (1, 2):
-        assert (
-            choose_depth(
-                Measured((1.0, 1.0), close, (0, 0, 0), (9, 9, 9), (0.0, 0.0, 0.0), used)
-            ).depth
-            == used
-        )
+        assert chosen((1.0, 1.0), close, used) == used
 
 
 def test_what_costs_more_is_tried_less_often() -> None:
@@ -123,7 +148,8 @@ def test_prompts_between_do_not_hide_what_depths_take(batch: int, row_s: float) 
         prompt = 10 + number % 20 if depth or number % 2 else 0
         meter.step_took(true[depth] + row_s * prompt, prompt)
     assert meter.choice.depth == 2
-    assert [s and s * batch for s in meter.measured.seconds] == pytest.approx(true, rel=0.05)
+    known = [(s * batch, t) for s, t in zip(meter.measured.seconds, true, strict=True) if s]
+    assert len(known) >= 2 and all(s == pytest.approx(t, rel=0.05) for s, t in known)
 
 
 @pytest.mark.parametrize("dearer, expected", [(1.0, 2), (6.0, 0)])
@@ -427,7 +453,12 @@ def test_a_place_behind_drafts_is_that_of_a_sequence_which_has_emitted_them(
     guessing = Sequence.start(request, 0)
     guessing.drafts = drafts
     logits = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    for count, place in enumerate(guessing.places(len(drafts))):
+    places = guessing.places(len(drafts))
+    if places[0].decides_nothing:
+        assert [place.more for place in places] == [len(drafts)]
+    for count, place in enumerate(itertools.accumulate(drafts, Place.then, initial=guessing.place)):
+        if not places[0].decides_nothing:
+            assert places[count] == place
         sure = Sequence.start(replace(request, emitted_ids=(*emitted, *drafts[:count])), 0).place
         assert place.draw() == sure.draw()
         one, other = logits.clone(), logits.clone()

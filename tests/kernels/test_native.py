@@ -75,6 +75,14 @@ def test_every_e4m3_number_is_exact(ops: NativeOps, rows: int) -> None:
     assert torch.equal(got[:130].T, numbers.view(torch.float8_e4m3fn).float())
 
 
+def test_what_is_not_a_number_stays_so(ops: NativeOps) -> None:
+    codes = torch.full((16, 64), 0x38, dtype=torch.uint8)
+    codes[3, 5] = 0x7F
+    w = Weight(codes.view(torch.float8_e4m3fn), torch.ones(1, 1))
+    out = ops.linear(torch.ones(1, 64), ops.pack(w))[0]
+    assert out.isnan().tolist() == [column == 3 for column in range(16)]
+
+
 @kinds
 @pytest.mark.parametrize(
     "t, n, k", [(1, 256, 512), (3, 16, 32), (7, 33, 100), (11, 257, 129), (170, 48, 1024)]

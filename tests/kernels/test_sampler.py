@@ -102,3 +102,19 @@ def test_draws_follow_the_distribution(native: NativeSampler, filtered: bool) ->
     ids = [drawn.id or 0 for drawn in native.draw(logits.expand(n, 10), rows)]
     expected = n * torch.softmax(logits.double() / 0.8, 0).numpy()
     assert ((np.bincount(ids, minlength=10) - expected) ** 2 / expected).sum() < 33.7
+
+
+def test_a_draw_for_several_rows_is_one_for_each(native: NativeSampler) -> None:
+    rng = np.random.default_rng(5)
+    rows = [row._replace(more=n % 4) for n, row in enumerate(rows_of(rng, 40, 64))]
+    apart = [each for row in rows for each in row.apart]
+    assert len(apart) == 40 + 60
+    positions = {
+        (row.draw.seed, row.draw.position + i) for row in rows for i in range(1 + row.more)
+    }
+    assert {(each.draw.seed, each.draw.position) for each in apart} == positions
+    logits = torch.from_numpy(rng.normal(size=(100, 64)).astype(np.float32))
+    for sampler in (native, TorchSampler()):
+        assert sampler.draw(logits.clone(), rows) == sampler.draw(logits.clone(), apart)
+    with pytest.raises(ValueError, match="100 rows of logits for 40 draws"):
+        native.draw(logits, apart[:40])

@@ -41,7 +41,7 @@ SHAPES = [  # rows of each sequence, and of how many logits are wanted
     ((1, 1, 1), (1, 1, 1)),
     ((9, 20, 30), (3, 0, 1)),
     ((4, 5, 6), (0, 0, 0)),
-    ((65, 1, 1), (1, 1, 1)),  # beyond what is done in one call
+    ((130, 19, 13), (1, 19, 0)),  # more than are multiplied together
 ]
 
 

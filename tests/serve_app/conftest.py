@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +137,7 @@ def deltas_of(
         for i in ids
     ]
     tokens = [
-        replace(t, drafted=n % 3 == 1, rejected=int(n % 3 == 2)) for n, t in enumerate(tokens)
+        t._replace(drafted=n % 3 == 1, rejected=int(n % 3 == 2)) for n, t in enumerate(tokens)
     ]
     edges = sorted({0, len(ids), *(c for c in cuts if c < len(ids))})
     groups = [tuple(tokens[a:b]) for a, b in zip(edges, edges[1:], strict=False)] or [()]

@@ -69,12 +69,16 @@ class Batch:
             sequence += [b] * len(row_ids)
             out += range(first if out_rows is None else len(ids) - out_rows[b], len(ids))
         width = max((len(table) for table in pages), default=1)
-        entries = [page for table in pages for page in (*table, *[0] * (width - len(table)))]
         count = len(ids)
-        # Two tensors, divided: six of their own, from lists, would take three times as long.
+        # Two tensors, divided: six of their own, from lists, would take three times as long. The
+        # table is not made of a list: one long context would make it long for every sequence.
         wide = torch.from_numpy(np.array(ids + slots + out, np.int64))
-        narrow = torch.from_numpy(np.array(positions + sequence + entries, np.int32))
+        narrow = np.zeros(2 * count + len(pages) * width, np.int32)
+        narrow[: 2 * count] = positions + sequence
+        for row, table in zip(narrow[2 * count :].reshape(-1, width), pages, strict=True):
+            row[: len(table)] = table
         ids_T, slots_T, out_rows_R = wide.split_with_sizes([count, count, len(out)])
-        positions_T, sequence_T, table_N = narrow.split_with_sizes([count, count, len(entries)])
-        table_BP = table_N.view(-1, width)
-        return Batch(ids_T, positions_T, slots_T, sequence_T, table_BP, out_rows_R)
+        positions_T, sequence_T, table_N = torch.from_numpy(narrow).split_with_sizes(
+            [count, count, len(pages) * width]
+        )
+        return Batch(ids_T, positions_T, slots_T, sequence_T, table_N.view(-1, width), out_rows_R)

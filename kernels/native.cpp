@@ -268,13 +268,17 @@ long rs_picked_slots(const int32_t* packed, long width, long R, long K, int firs
     return picked_slots(packed, width, R, K, first, slots, M, row, local, count, seen);
 }
 
-// Tokens of R rows, their log-probabilities, and of the `most` likely ids of each.
+// Tokens of R rows, their log-probabilities, and of the `most` likely ids of each. A draw may stand
+// for several rows.
 void rs_draw(const float* logits, long ld, long R, long V, const Draw* draws, long most,
              int32_t* token, float* logprob, int32_t* top_id, float* top) {
+    std::vector<Draw> each;
+    for (; (long)each.size() < R; draws++)
+        for (long i = 0; i <= draws->more; i++) each.push_back(*draws), each.back().position += i;
     auto one = [&](long r) {
-        token[r] = draw_row(logits + r * ld, V, draws[r]);
-        if (token[r] >= 0 && draws[r].logprobs >= 0)
-            logprobs_of(logits + r * ld, V, token[r], draws[r].logprobs, logprob + r,
+        token[r] = draw_row(logits + r * ld, V, each[r]);
+        if (token[r] >= 0 && each[r].logprobs >= 0)
+            logprobs_of(logits + r * ld, V, token[r], each[r].logprobs, logprob + r,
                         top_id + r * most, top + r * most);
     };
     if (R * V >= 1 << 18) return pool().run(R, one);

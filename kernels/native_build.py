@@ -73,7 +73,7 @@ def load_native(target: str = "native") -> tuple[ctypes.CDLL, bool]:
     for name, arguments in SIGNATURES.items():
         getattr(library, name).argtypes = arguments
         getattr(library, name).restype = None
-    for name in ("rs_experts", "rs_expert_rows", "rs_combine", "rs_pass", "rs_drafts"):
+    for name in ("rs_experts", "rs_expert_rows", "rs_combine"):
         getattr(library, name).restype = INT
     for name in ("rs_wanted_rows", "rs_pack_rows", "rs_picked_slots"):
         getattr(library, name).restype = LONG

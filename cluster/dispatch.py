@@ -129,11 +129,13 @@ class RankChannel:
         return pressure(len(self._inboxes), self.load.waiting, self.load.pages_held)
 
     def submit(self, request: Request, source: str = "") -> tuple[int, asyncio.Queue[News]]:
-        """source: of the prompt's pages (wire.py)."""
+        """source: of the prompt's pages (wire.py). Raises ValueError, and nothing is held then, for
+        what the message's fields cannot carry."""
         self._next_handle += 1
         handle = self._next_handle
+        message = ToRank(submit=submit_message(handle, request, source))
         inbox = self._inboxes[handle] = asyncio.Queue()
-        self._outgoing.put_nowait(ToRank(submit=submit_message(handle, request, source)))
+        self._outgoing.put_nowait(message)
         return handle, inbox
 
     def forget(self, handle: int, finished: bool) -> None:
@@ -301,8 +303,8 @@ class Dispatcher:
     ) -> AsyncGenerator[Delta, None]:
         request = entry.continuation()
         naming = Naming(self._source(), len(request.prompt_ids) + len(request.emitted_ids))
-        naming.begin()
         handle, inbox = channel.submit(request, naming.target)
+        naming.begin()
         finished = False
         try:
             while not finished:

@@ -8,7 +8,6 @@ context that it is handed.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
@@ -33,6 +32,7 @@ from rayseek.serve_app.protocol import ChatRequest as ChatBody
 from rayseek.serve_app.protocol import parse
 from rayseek.serve_app.service import Service
 from rayseek.serve_app.tool_calls import CallArguments, CallHeader
+from rayseek.serve_app.transport import parse_json
 
 SERVICE = "rayseek.v1.ChatService"
 SERVICER_FUNCTIONS = [
@@ -176,10 +176,7 @@ def body_of(request: ChatRequest) -> dict[str, Any]:
 def _json(text: str, name: str, kind: type | tuple[type, ...]) -> Any:
     if not text:
         return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise bad_request(f"{name} is not valid JSON: {error}", param=name) from None
+    value = parse_json(text, name, name)
     if not isinstance(value, kind):
         raise bad_request(f"{name} holds a {type(value).__name__}", param=name)
     return value

@@ -128,7 +128,7 @@ class GenerationFields(StrictBody):
     )
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = None
-    n: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, lt=INT64)
     stop: Annotated[list[str] | None, BeforeValidator(_stop_list), WithJsonSchema(STOP_SCHEMA)] = (
         None
     )

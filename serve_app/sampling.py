@@ -83,7 +83,7 @@ def sampling_params(
         temperature=model_temperature(
             body.temperature, settings.temperature_mapping, body.temperature_scale
         ),
-        top_k=max(0, body.top_k or 0),
+        top_k=min(max(0, body.top_k or 0), tokenizer.num_ids),  # more would keep all the same
         top_p=_or(body.top_p, 1.0),
         min_p=_or(body.min_p, 0.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),

@@ -17,7 +17,7 @@ from rayseek.serve_app.errors import ApiError, as_api_error, bad_request
 from rayseek.serve_app.limits import Lease
 
 KEEP_ALIVE = b": keep-alive\n\n"
-ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class AnyCaseMethod:
@@ -36,14 +36,20 @@ async def read_json(request: Request, limit_bytes: int) -> Any:
     """The body as JSON, strings free of lone surrogates. Raises ApiError (400, 413)."""
     body = await _read_body(request, limit_bytes)
     try:
-        data = json.loads(body.decode("utf-8-sig"))
-        return _without_surrogates(data) if ESCAPED_SURROGATE.search(body) else data
+        return parse_json(body.decode("utf-8-sig"), "the body")
     except UnicodeDecodeError as error:
         raise bad_request(f"the body is not valid UTF-8: {error.reason} at {error.start}") from None
+
+
+def parse_json(text: str, what: str, param: str | None = None) -> Any:
+    """The value, strings free of lone surrogates. Raises ApiError (400): `what` is not JSON."""
+    try:
+        data = json.loads(text)
+        return _without_surrogates(data) if ESCAPED_SURROGATE.search(text) else data
     except RecursionError:
-        raise bad_request("the body's JSON is nested too deeply") from None
+        raise bad_request(f"{what} is JSON that is nested too deeply", param=param) from None
     except ValueError as error:
-        raise bad_request(f"the body is not valid JSON: {error}") from None
+        raise bad_request(f"{what} is not valid JSON: {error}", param=param) from None
 
 
 async def _read_body(request: Request, limit_bytes: int) -> bytes:

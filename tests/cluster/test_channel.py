@@ -260,6 +260,23 @@ async def test_a_submission_on_a_breaking_stream_is_not_left_behind(
     server.stop()
 
 
+@pytest.mark.parametrize(
+    "changes", [{"cache_salt": "\ud800"}, {"sampling": replace(PARAMS, top_k=2**32)}], ids=str
+)
+async def test_what_cannot_be_sent_leaves_nothing_behind(
+    cluster: Cluster, changes: dict[str, Any]
+) -> None:
+    await cluster.start_rank()
+    await cluster.tokens(wanted(1)[0])
+    (channel,) = cluster.dispatcher._alive()
+    cluster.dispatcher._source = lambda: channel  # type: ignore[method-assign]
+    for _ in range(3):
+        with pytest.raises(ValueError):
+            await cluster.tokens(replace(wanted(1)[0], **changes))
+    assert (len(channel._inboxes), channel.prefilling) == (0, 0)
+    assert channel._outgoing.empty()
+
+
 async def test_a_rank_that_answers_late_is_used(cluster: Cluster) -> None:
     """Its channel opens after the round of discovery that found it."""
     run = asyncio.create_task(cluster.tokens(wanted(1)[0]))

@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator, MutableMapping
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from rayseek.cluster.request import Delta, Token
+from rayseek.cluster.request import Delta, Request, Token
+from rayseek.cluster.wire import request_of, submit_message
 from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Tokenizer
 
@@ -266,6 +267,49 @@ def test_no_body_hurts_the_server(
             if reply.status_code != 200:
                 is_openai_error(reply, 400)
         assert engine.live == 0
+
+    asyncio.run(run())
+
+
+EXTREME = st.sampled_from(
+    [sign * 2**bits + step for bits in (7, 15, 31, 32, 63, 64, 128) for sign in (1, -1)
+     for step in (-1, 0, 1)] + [0, 9 * 10**4299]
+)  # fmt: skip
+INTEGER_FIELDS: dict[str, st.SearchStrategy[Any]] = dict.fromkeys(
+    ("max_tokens", "max_completion_tokens", "n", "best_of", "seed", "top_k", "min_tokens",
+     "priority", "logprobs", "top_logprobs", "temperature", "top_p", "min_p",
+     "repetition_penalty", "frequency_penalty", "presence_penalty"),
+    EXTREME,
+) | {
+    "stop_token_ids": st.lists(EXTREME, max_size=2),
+    "logit_bias": st.dictionaries(EXTREME.map(str), EXTREME, max_size=2),
+    "prompt": st.lists(EXTREME, min_size=1, max_size=2),
+}  # fmt: skip
+INTEGERS = st.lists(
+    st.one_of(*(st.tuples(st.just(name), value) for name, value in INTEGER_FIELDS.items())),
+    max_size=2,
+).map(dict)
+
+
+@given(fields=INTEGERS, path=st.sampled_from([CHAT, "/v1/completions"]))
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@example(fields={"prompt": ["a"] * 16, "n": 9 * 10**4299}, path="/v1/completions")
+@example(fields={"top_k": 2**32}, path=CHAT)
+def test_every_integer_is_refused_or_reaches_a_rank(
+    api: Any, small: Tokenizer, settings: ApiSettings, fields: dict[str, Any], path: str
+) -> None:
+    def as_it_arrives(request: Request) -> list[Delta]:
+        message = submit_message(1, request)
+        message.ParseFromString(message.SerializeToString())
+        assert request_of(message, request.id) == request
+        return api.deltas_of(request, [small.eos_id])
+
+    async def run() -> None:
+        app = api.build_app(settings, small, api.ScriptedEngine(as_it_arrives))
+        async with api.client_of(app) as client:
+            reply = await client.post(path, content=json.dumps({**BODY, **fields}))
+            if reply.status_code != 200:
+                is_openai_error(reply, 400)
 
     asyncio.run(run())
 

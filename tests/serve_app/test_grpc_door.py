@@ -159,6 +159,12 @@ async def test_errors(door: Any, who: str, fields: dict[str, Any], code: str, sa
     assert not engine.requests
 
 
+async def test_lone_surrogates_are_replaced_here_too(door: Any) -> None:
+    clients, engine, _ = door
+    await clients["good"].chat(changed(more_json=r'{"cache_salt": "a\ud800"}'))
+    assert engine.requests[-1].cache_salt.endswith("a\ufffd")
+
+
 async def test_limits_and_failures(api: Any, door: Any, small: Tokenizer) -> None:
     clients, engine, _ = door
     await clients["one"].chat(HI)

@@ -7,7 +7,6 @@ the same rules with the same noise, so that a good draft is the very token that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future
 from itertools import islice
@@ -118,18 +117,16 @@ def edits(place: Place) -> tuple[Edit, ...]:
     p = place.sequence.request.sampling
     found: list[Edit] = []
 
-    def edit(ids: Iterable[int], values: Tensor, penalty: bool = False) -> None:
-        ids_N = torch.tensor(list(ids), dtype=torch.int64)
-        found.append(Edit(ids_N, values.expand(ids_N.shape).contiguous(), penalty))
-
-    if p.repetition_penalty != 1.0:
-        seen = sorted({*place.sequence.ids, *place.drafts})
-        edit(seen, torch.tensor(p.repetition_penalty), penalty=True)
+    if place.sequence.seen is not None:
+        ids_N, _ = place.sequence.seen.with_drafts(place.drafts)
+        found.append(Edit(ids_N, torch.full(ids_N.shape, p.repetition_penalty), penalty=True))
     if p.frequency_penalty or p.presence_penalty:
-        counts = torch.tensor(list(place.counts.values()), dtype=torch.float32)
-        edit(place.counts, -(counts * p.frequency_penalty + p.presence_penalty))
+        ids_N, counts_N = place.sequence.emitted.with_drafts(place.drafts)
+        found.append(Edit(ids_N, -(counts_N * p.frequency_penalty + p.presence_penalty)))
     if p.logit_bias:
-        edit((i for i, _ in p.logit_bias), torch.tensor([bias for _, bias in p.logit_bias]))
+        ids, values = zip(*p.logit_bias, strict=True)
+        found.append(Edit(torch.tensor(ids), torch.tensor(values, dtype=torch.float32)))
     if p.min_tokens and place.num_emitted < p.min_tokens and p.stop_token_ids:
-        edit(p.stop_token_ids, torch.tensor(-torch.inf))
+        ids_N = torch.tensor(p.stop_token_ids)
+        found.append(Edit(ids_N, torch.full(ids_N.shape, -torch.inf)))
     return tuple(found)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from llguidance import LLMatcher
 
 from rayseek.cluster.grammar import reason
+from rayseek.cluster.id_counts import IdCounts
 from rayseek.cluster.pages import chain_root, page_hash
 from rayseek.cluster.request import Request
 from rayseek.kernels.sample import Draw
@@ -26,15 +27,17 @@ class Sequence:
     hashes: list[bytes] = field(default_factory=list)  # of the full pages of `ids`
     cached_tokens: int | None = None  # prompt tokens the first prefill skipped
     cached_before: int | None = None  # of handed-over pages: tokens somebody had cached before
-    counts: dict[int, int] = field(default_factory=dict)  # emitted tokens, for penalties
+    emitted: IdCounts = field(default_factory=lambda: IdCounts(()))
+    seen: IdCounts | None = None  # of all `ids`, where a penalty is for them
     matcher: LLMatcher | None = None  # has consumed the emitted tokens; None: no grammar
     drafts: list[int] = field(default_factory=list)  # guesses of what comes after `ids`
 
     @staticmethod
     def start(request: Request, arrival: int) -> Sequence:
         sequence = Sequence(request, arrival, [*request.prompt_ids, *request.emitted_ids])
-        for token in request.emitted_ids:
-            sequence.counts[token] = sequence.counts.get(token, 0) + 1
+        sequence.emitted = IdCounts(request.emitted_ids)
+        if request.sampling.repetition_penalty != 1.0:
+            sequence.seen = IdCounts(sequence.ids)
         sequence.extend_hashes()
         return sequence
 
@@ -58,7 +61,9 @@ class Sequence:
 
     def append(self, token: int) -> None:
         self.ids.append(token)
-        self.counts[token] = self.counts.get(token, 0) + 1
+        self.emitted.add(token)
+        if self.seen is not None:
+            self.seen.add(token)
         if len(self.ids) % PAGE_TOKENS == 0:
             self.extend_hashes()
 
@@ -121,16 +126,6 @@ class Place(NamedTuple):
         """Whether places behind it draw by the same rules, whatever is drawn here."""
         p = self.sequence.request.sampling
         return not (self.matcher or p.counting or p.min_tokens > self.num_emitted)
-
-    @property
-    def counts(self) -> dict[int, int]:
-        """How often each token was emitted, the drafts included."""
-        if not self.drafts:
-            return self.sequence.counts
-        counts = dict(self.sequence.counts)
-        for token in self.drafts:
-            counts[token] = counts.get(token, 0) + 1
-        return counts
 
     def grammar_error(self) -> str | None:
         if self.matcher is None or not self.matcher.is_error():

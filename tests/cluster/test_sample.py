@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,29 @@ def test_penalties_and_bias_equal_their_definition(
     for edit in edits(Sequence.start(request, 0).place):
         apply_edit(logits, edit)
     assert np.array_equal(logits.numpy(), expected)
+
+
+class Unread(list[int]):
+    """A context that nobody may go through."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("a token must not cost more the longer the context")
+
+
+def test_penalties_go_through_no_context() -> None:
+    params = SamplingParams(99, frequency_penalty=0.5, repetition_penalty=1.3)
+    request = Request("r", tuple(range(3, 60)), params)
+    sequence = Sequence.start(request, 0)
+    sequence.ids = Unread(sequence.ids)
+    emitted = tuple(4 * i % 101 for i in range(150))
+    for token in emitted:
+        sequence.append(token)
+    changed = Sequence.start(replace(request, emitted_ids=emitted), 0)
+    for one, other in zip(edits(sequence.place), edits(changed.place), strict=True):
+        logits = torch.linspace(-2, 2, VOCAB), torch.linspace(-2, 2, VOCAB)
+        apply_edit(logits[0], one)
+        apply_edit(logits[1], other)
+        assert torch.equal(*logits)
 
 
 def test_rows_do_not_depend_on_each_other() -> None:

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log
 
-HOLD = 8  # steps for which a choice holds, unless the batch changes
-TRIAL = 3  # the same for a change: two of them can be measured
+TRIAL = 3  # steps for which a new choice holds: two of them can be measured
+HOLD = 48  # the same at most, twice as many each time that it is made again
 TRY_AGAIN = 500  # steps, at least, after which an unused depth is tried
 SOON = 50  # the same after it has lost for the first time: by slow steps, perhaps
 TRIALS = 0.0005  # part of the time that trials of a depth may cost
@@ -127,6 +127,7 @@ class _Size:
         self.alone = [-SELDOM] * (most + 1)  # by depth: the last step that had no prompts
         self.lost = [0] * (most + 1)
         self.steps = 0
+        self.choice, self.hold, self.left = Choice(0), 0, 0  # steps: for which it holds, still
 
 
 class DraftMeter:
@@ -140,7 +141,7 @@ class DraftMeter:
         self._trials = [1.0] * most  # as if one of one had come true: try first
         self._successes = [1.0] * most
         self._sizes: dict[int, _Size] = {}
-        self._held, self._size = 0, _Size(most, 1)
+        self._size = _Size(most, 1)
         self._batch = 0
         self._stepped = 0, 0  # depth and batch of the last step
         self._rows, self._tokens = 0.0, 1.0  # of prompts, of answers; fading
@@ -155,7 +156,7 @@ class DraftMeter:
             tuple(size.steps - used for used in size.used),
             tuple(size.lost),
             tuple(self._row_s(size, d) * self._rows / self._tokens for d in range(self.most + 1)),
-            self.choice.depth,
+            size.choice.depth,
         )
 
     def choose(self, policy: DepthPolicy, batch: int) -> int:
@@ -164,15 +165,14 @@ class DraftMeter:
             return 0
         fade = (1 - 1 / TEXT) ** batch
         self._rows, self._tokens = self._rows * fade, self._tokens * fade + batch
-        size = self._size_of(batch)
-        self._held -= 1
-        if self._held <= 0 or size is not self._size:
-            before = self.choice.depth if size is self._size else None
-            self._size = size
-            self.choice = policy(self.measured)
-            self._held = HOLD if self.choice.depth == before else TRIAL
-            if before is not None:
-                size.lost[before] = 0 if before == self.choice.depth else size.lost[before] + 1
+        size = self._size = self._size_of(batch)
+        if not size.left:
+            before, size.choice = size.choice.depth, policy(self.measured)
+            same = size.choice.depth == before
+            size.left = size.hold = min(max(TRIAL, 2 * size.hold), HOLD) if same else TRIAL
+            size.lost[before] = 0 if same or not size.steps else size.lost[before] + 1
+        size.left -= 1
+        self.choice = size.choice
         self._batch = batch
         size.steps += 1
         size.used[self.choice.depth] = size.steps

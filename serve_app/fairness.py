@@ -178,7 +178,8 @@ class FairEngine:
             lease.begun += 1
             began = time.monotonic()
             seen.begins(lease.paid_prompt(request))
-            deltas = self._engine.generate(request)
+            # A key's priorities are among its own: in the engine they would pass other keys' by.
+            deltas = self._engine.generate(replace(request, priority=0))
             try:
                 async for delta in deltas:
                     if delta.tokens:

@@ -154,7 +154,9 @@ class GenerationFields(StrictBody):
         description="SGLang's no_stop_trim is the same.",
     )
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
-    priority: int | None = Field(None, ge=-(2**31), lt=2**31)
+    priority: int | None = Field(
+        None, ge=-(2**31), lt=2**31, description="Lower goes first, of the key's own that wait."
+    )
 
     @property
     def streams(self) -> bool:

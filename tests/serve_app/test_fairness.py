@@ -139,9 +139,11 @@ class Manual:
     def __init__(self) -> None:
         self.live: dict[str, asyncio.Queue[Delta]] = {}
         self.order: list[str] = []
+        self.requests: list[Request] = []
 
     async def generate(self, request: Request) -> Any:
         self.order.append(request.id)
+        self.requests.append(request)
         self.live[request.id] = asyncio.Queue()
         try:
             while True:
@@ -161,9 +163,9 @@ def lease_of(name: str) -> Lease:
     return Limiter().admit(Key(name="k", sha256=digest))
 
 
-def ask(fair: FairEngine, name: str, lease: Lease) -> asyncio.Task[list[Delta]]:
+def ask(fair: FairEngine, name: str, lease: Lease, **more: Any) -> asyncio.Task[list[Delta]]:
     async def collect() -> list[Delta]:
-        request = Request(name, (1, 2), SamplingParams(max_tokens=9))
+        request = Request(name, (1, 2), SamplingParams(max_tokens=9), **more)
         return [delta async for delta in fair.of(lease).generate(request)]
 
     return asyncio.create_task(collect())
@@ -200,6 +202,20 @@ async def test_a_flood_leaves_room_for_others() -> None:
     engine.finish("again")
     await again  # nothing was lost of the queue's count
     await asyncio.gather(*flood, return_exceptions=True)
+
+
+async def test_priorities_are_among_a_keys_own_and_end_here() -> None:
+    engine = Manual()
+    fair = FairEngine(engine, 1, 1000, several_keys=lambda: True)
+    one, other = lease_of("one"), lease_of("other")
+    tasks = [ask(fair, f"one{p}", one, priority=p) for p in (0, 3, -(2**31))]
+    tasks.append(ask(fair, "other", other))
+    for _ in tasks:
+        await settle()
+        engine.finish(*engine.live)
+    await asyncio.gather(*tasks)
+    assert engine.order == ["one0", "other", f"one{-(2**31)}", "one3"]
+    assert [request.priority for request in engine.requests] == [0] * 4
 
 
 async def test_cancelled_at_every_moment_no_place_is_lost() -> None:

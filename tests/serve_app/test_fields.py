@@ -124,7 +124,7 @@ EFFECTS: list[tuple[dict[str, Any], str, Any]] = [
     ({"min_tokens": 3}, "sampling.min_tokens", 3),
     ({"ignore_eos": True}, "sampling.stop_token_ids", ()),
     ({"cache_salt": "c"}, "cache_salt", "c"),
-    ({"priority": -1}, "priority", -1),
+    ({"priority": -1}, "priority", 0),  # ends in the fair queue
 ]
 
 

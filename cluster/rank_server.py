@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # torch stays out of processes that only talk to a rank
 log = logging.getLogger("rayseek.rank")
 
 LOOK_S = 1.0  # a step that could do nothing is tried again after this, should nobody tell why
+QUIET_S = 1.0  # without news, a stream hears of a load that has changed
 MAX_STREAMS = 256  # ingress replicas on one rank; each has a thread that mostly sleeps
 # Clients ask every 20 s whether we live (CHANNEL_OPTIONS). By default, gRPC hangs up on who does
 # that on a stream on which nothing is said: an idle one after 220 s, with whatever waits on it.
@@ -353,16 +354,26 @@ class RankServer:
         threading.Thread(target=read, name=f"stream-{stream}", daemon=True).start()
         try:
             # Tells the ingress that the rank is there, and with which model.
+            told = self._load_message()
             if not self._retired:
-                yield Frame(load=self._load_message(), fingerprint=self.engine_loop.fingerprint)
-            while (outbox := outgoing.get()) is not None:
+                yield Frame(load=told, fingerprint=self.engine_loop.fingerprint)
+            while True:
+                try:
+                    outbox = outgoing.get(timeout=QUIET_S)
+                except queue.Empty:
+                    if self._load_message() == told:
+                        continue
+                    outbox = Outbox()
+                if outbox is None:
+                    break
                 handles.difference_update(u.handle for u in outbox.updates if u.finish)
+                told = self._load_message()
                 yield Frame(
                     updates=outbox.updates,
                     handles=outbox.handles,
                     ids=[token.id for token in outbox.tokens],
                     drafts=draft_codes(outbox.tokens),
-                    load=self._load_message(),
+                    load=told,
                 )
         finally:
             del self._streams[stream]

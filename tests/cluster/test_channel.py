@@ -355,6 +355,25 @@ async def test_ranks_that_no_unit_lists_get_nothing_new(cluster: Cluster) -> Non
         await asyncio.to_thread(server.stop)
 
 
+async def test_who_has_no_requests_there_hears_of_the_load(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ingress whose last frame told of a long queue would avoid the rank for ever."""
+    monkeypatch.setattr("rayseek.cluster.rank_server.QUIET_S", 0.02)
+    quiet = RankChannel(await cluster.start_rank(slow=True))
+    await quiet.ready.wait()
+    try:
+        for busy in (True, False):
+            runs = [asyncio.create_task(cluster.tokens(r)) for r in wanted(20) if busy]
+            async with asyncio.timeout(20):
+                while (quiet.load.running + quiet.load.waiting > 0) != busy:
+                    await asyncio.sleep(0.01)
+            await asyncio.gather(*runs)
+        assert quiet.load.pages_held == 0
+    finally:
+        await quiet.close()
+
+
 async def test_a_silent_rank_delays_nobody(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

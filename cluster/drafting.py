@@ -98,7 +98,7 @@ class Drafter:
     ) -> bool:
         """In one call, where the model can do that and no draft decides how the next is drawn."""
         places = [s.place for s in drafting]
-        if not (places and all(place.decides_nothing for place in places)):
+        if not all(place.decides_nothing for place in places):
             return False
         rows = self._chooser.rows(places, model.vocab_size, hidden_TD.device)
         found = model.drafts_ahead(batch, hidden_TD, rows, most)

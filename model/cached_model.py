@@ -113,12 +113,15 @@ class CachedModel:
     ) -> list[list[int]] | None:
         """As `draft`, and as many passes after it as it takes for most[r] tokens of each out row.
 
-        draws[r]: how the first of them is drawn; the others differ in their position alone. None
-        where every pass is one call: nothing was done.
+        draws[r]: how the first of them is drawn; the others differ in their position alone. Without
+        out rows, as `remember`. None where every pass is one call: nothing was done.
         """
         whole = self._whole_draft
-        if whole is None or not len(batch.ids_T):
+        if whole is None:
             return None
+        if not most:
+            self.remember(batch, hidden_TD)
+            return []
         return whole.drafts(batch, hidden_TD, draws, most)
 
     def remember(self, batch: Batch, hidden_TD: Tensor) -> None:

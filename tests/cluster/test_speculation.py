@@ -344,6 +344,15 @@ def test_the_passes_of_a_step_are_those_of_its_plan(make_engine: EngineMaker) ->
     assert passes == ["forward", "draft", "draft"]
 
 
+def test_rows_that_nobody_drafts_from_cost_no_passes(make_engine: EngineMaker) -> None:
+    """The last step of an answer, and a prompt's first pieces, are learned in one call."""
+    engine = make_engine(draft_tokens=2, policy=lambda *_: Choice(2))
+    alone: list[Batch] = []
+    engine.model.draft = lambda batch, _: alone.append(batch)  # type: ignore
+    deltas_of(engine, Request("r", prompt_of(1, 600), SamplingParams(5, temperature=0.0)))
+    assert engine.steps > 3 and not alone
+
+
 def test_a_cached_prefix_brings_its_drafts_latents(make_engine: EngineMaker) -> None:
     """The module's layer of a shared page is as if the prompt had been computed."""
     fresh, warm = (make_engine(draft_tokens=1, policy=one_draft) for _ in range(2))

@@ -112,7 +112,7 @@ class TransferSettings(Section):
     """Handing a prompt's pages over from a prefill unit to a decode unit."""
 
     min_prompt_tokens: int = Field(default=256, ge=1)  # shorter ones the decode unit computes
-    timeout_s: float = Field(default=10, gt=0)  # then the decode unit computes it after all
+    timeout_s: float = Field(default=10, gt=0)  # of silence; then the decode unit computes it
 
 
 class HardwareSettings(Section):

@@ -34,9 +34,8 @@ class Outcome:
     """unit_s: seconds that units were there, by role. seconds, tokens, unit_s: until the time
     that counts was over; requests are all that came, and all are answered.
 
-    given_up: prompts that no prefill rank had begun in time. moved: requests whose unit died.
-    limited: part of the units' time, by what limited the steps. held_up: plans that left prompts
-    waiting, by why.
+    moved: requests whose unit died. limited: part of the units' time, by what limited the steps.
+    held_up: plans that left prompts waiting, by why.
     """
 
     targets: Targets
@@ -46,7 +45,6 @@ class Outcome:
     requests: int = 0
     deaths: int = 0
     moved: int = 0
-    given_up: int = 0
     preemptions: int = 0
     moments: list[Moment] = field(default_factory=list)
     limited: dict[Role, Counter[str]] = field(default_factory=dict)

@@ -186,7 +186,6 @@ class Simulation:
         computes.aboard.add(flight.number)
         computes.sim.add(flight.prompt, rank)
         self._wake("prefill", computes)
-        self._at(self._now + self._config.transfer.timeout_s, self._give_up, flight.job)
 
     def _unpark(self, flight: _Flight) -> None:
         """Its pages are there, or will not come: it queues."""
@@ -197,14 +196,6 @@ class Simulation:
             flight.parked = False
         unit.sim.add(job, flight.rank)
         self._wake("decode", unit)
-
-    def _give_up(self, job: Job) -> None:
-        """The source has not begun in time: the decode rank computes the prompt after all."""
-        flight = job.owner
-        if flight.job is job and flight.parked and not flight.prompt.computed:
-            self._out.given_up += 1
-            flight.prompt = None
-            self._unpark(flight)
 
     def _handed_over(self, prompt: Job) -> None:
         flight = prompt.owner

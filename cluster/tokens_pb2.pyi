@@ -183,14 +183,22 @@ class Again(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., page: _Optional[int] = ...) -> None: ...
 
 class FromSource(_message.Message):
-    __slots__ = ("ready", "coming", "failed")
+    __slots__ = ("ready", "coming", "failed", "working")
     READY_FIELD_NUMBER: _ClassVar[int]
     COMING_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    WORKING_FIELD_NUMBER: _ClassVar[int]
     ready: bool
     coming: Coming
     failed: Failed
-    def __init__(self, ready: _Optional[bool] = ..., coming: _Optional[_Union[Coming, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
+    working: Working
+    def __init__(self, ready: _Optional[bool] = ..., coming: _Optional[_Union[Coming, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ...) -> None: ...
+
+class Working(_message.Message):
+    __slots__ = ("handles",)
+    HANDLES_FIELD_NUMBER: _ClassVar[int]
+    handles: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, handles: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Coming(_message.Message):
     __slots__ = ("handle", "first_page", "checksums", "cached_tokens")

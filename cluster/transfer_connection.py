@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import grpc
@@ -46,7 +46,7 @@ class Fetch:
     sequence: Sequence
     source: str
     asked: float
-    heard: float  # when it last heard anything, or was asked for
+    heard: float  # when it last heard anything, or began, or was asked for
     handle: int = 0
     connection: Connection | None = None
     local: list[int] = field(default_factory=list)
@@ -152,6 +152,8 @@ class Connection:
                     self._receive(group, message.coming)
                 elif kind == "failed":
                     self._failed(message.failed.handle, message.failed.message)
+                elif kind == "working":
+                    self._works(message.working.handles)
         except grpc.RpcError as error:
             problem = str(error.details() if hasattr(error, "details") else error)
         except ExchangeBroken as broken:
@@ -170,6 +172,11 @@ class Connection:
             with fetch.lock:
                 fetch.arrived.clear()  # the source's word is that its pages are not to be trusted
             self._on_done(fetch, message)
+
+    def _works(self, handles: Iterable[int]) -> None:
+        self.silences, now = 0, time.monotonic()
+        for fetch in filter(None, map(self._fetches.get, handles)):
+            fetch.heard = now
 
     def _receive(self, group: Group, coming: Coming) -> None:
         """Take part in an exchange, whoever it is for, and keep what is good."""

@@ -14,8 +14,8 @@ class Transfers:
     a request's pages to having them, summed. corrupted: pages that came with a wrong checksum;
     repeated: pages asked for again. partly: requests that got only the first of their pages;
     fallbacks: requests that got none, and were computed here. timeouts: requests of these two
-    that heard nothing for too long. broken: connections to a source that were lost or given up.
-    sent: pages sent to others.
+    that heard nothing for too long, or had no room. broken: connections to a source that were lost
+    or given up. sent: pages sent to others.
     """
 
     fetched: int = 0

@@ -31,6 +31,7 @@ from rayseek.model.latent_cache import LatentCache
 log = logging.getLogger("rayseek.transfer")
 
 REST_S = 5.0  # a source whose connection was lost or given up is not asked for so long
+STARVING = 6  # times the time limit: who waits for room here for so long gets it by its age
 MOST_SILENCES = 2  # fetches in a row that heard nothing in time; then the source is given up
 
 Command: TypeAlias = Callable[[Engine], None]
@@ -204,11 +205,12 @@ class PageFetcher:
                 self._finish(engine, fetch, problem)
 
     def _timed_out(self, engine: Engine, fetch: Fetch) -> None:
-        if self._fetches.get(fetch.key) is not fetch:
-            return
+        if self._fetches.get(fetch.key) is not fetch or not self._overdue(fetch):
+            return  # since the clerk looked, it has ended, begun, or heard something
         connection = fetch.connection
         self.counters.add(timeouts=1)
-        self._finish(engine, fetch, f"nothing came for {self.settings.timeout_s:g} s")
+        heard = "nothing was heard of it" if connection else "there was no room here"
+        self._finish(engine, fetch, f"{heard} for {time.monotonic() - fetch.heard:.1f} s")
         if connection is not None:
             connection.silences += 1
             if connection.silences >= MOST_SILENCES:
@@ -220,9 +222,14 @@ class PageFetcher:
     def _watch(self) -> None:
         """The clerk: ends fetches that hear nothing for too long."""
         give_way()
-        limit = self.settings.timeout_s
-        while not self._closed.wait(min(0.5, limit / 10)):
-            now = time.monotonic()
+        while not self._closed.wait(min(0.5, self.settings.timeout_s / 10)):
             for fetch in list(self._fetches.values()):
-                if now - fetch.heard > limit:
+                if self._overdue(fetch):
                     self.post(lambda engine, fetch=fetch: self._timed_out(engine, fetch))  # type: ignore[misc]
+
+    def _overdue(self, fetch: Fetch) -> bool:
+        """One that waits for room has asked nobody yet, and to compute its prompt where there is no
+        room would cost all others. But those who need less room must not have it before this one
+        for ever: in the engine's queue, nobody overtakes."""
+        limit = self.settings.timeout_s * (1 if fetch.connection else STARVING)
+        return time.monotonic() - fetch.heard > limit

@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -23,7 +24,16 @@ from rayseek.cluster.engine import Engine
 from rayseek.cluster.group import ExchangeBroken, Group
 from rayseek.cluster.request import Delta, Request, RequestRefused, SamplingParams
 from rayseek.cluster.sequence import Sequence
-from rayseek.cluster.tokens_pb2 import Again, Coming, Failed, FromSource, Pair, ToSource, Want
+from rayseek.cluster.tokens_pb2 import (
+    Again,
+    Coming,
+    Failed,
+    FromSource,
+    Pair,
+    ToSource,
+    Want,
+    Working,
+)
 from rayseek.cluster.traces import record
 from rayseek.cluster.transfer_counters import TransferCounters
 from rayseek.model.batch import PAGE_TOKENS
@@ -31,6 +41,7 @@ from rayseek.model.latent_cache import LatentCache, checksums
 
 log = logging.getLogger("rayseek.transfer")
 
+SAY_S = 1.0  # who waits hears so often that the steps go on, or four times before it gives up
 MOST_AT_ONCE = 16 * 2**20  # bytes of one exchange, if a page is not more
 
 Command: TypeAlias = Callable[[Engine], None]
@@ -48,7 +59,7 @@ class _Wanted:
     handle: int
     first_page: int
     sequence: Sequence
-    outgoing: queue.SimpleQueue[_Pages | Failed | None]
+    outgoing: queue.SimpleQueue[_Pages | FromSource | None]
     began: float = field(default_factory=time.monotonic)
     found: int = 0
     held: list[int] = field(default_factory=list)
@@ -92,6 +103,7 @@ class PageSource:
         self._post, self._timeout_s, self._counters = post, timeout_s, counters
         self._numbers = itertools.count()
         self._wanted: dict[str, _Wanted] = {}  # by the engine's request id
+        self._said, self._steps = 0.0, 0  # when it was last said that steps go on, and how many
 
     # ---- in the engine's thread ----
 
@@ -108,7 +120,21 @@ class PageSource:
             ended = self._wanted.get(delta.request_id) if delta.finish else None
             if ended is not None and ended.found < len(ended.sequence.chain):
                 why = delta.error or "some of its pages were withdrawn"
-                ended.outgoing.put(Failed(handle=ended.handle, message=why))
+                ended.outgoing.put(failed(ended.handle, why))
+        self._say_that_it_works(engine.steps)
+
+    def _say_that_it_works(self, steps: int) -> None:
+        """A queue is long, or a prompt is: whoever waits would only make it worse elsewhere."""
+        now = time.monotonic()
+        if steps == self._steps or now - self._said < min(SAY_S, self._timeout_s / 4):
+            return
+        self._said, self._steps = now, steps
+        waiting: dict[Any, list[int]] = defaultdict(list)
+        for wanted in self._wanted.values():
+            if wanted.found < len(wanted.sequence.chain):
+                waiting[wanted.outgoing].append(wanted.handle)
+        for outgoing, handles in waiting.items():
+            outgoing.put(FromSource(working=Working(handles=handles)))
 
     def _begin(self, engine: Engine, name: str, outgoing: Any, want: Want) -> None:
         request = Request(
@@ -118,7 +144,7 @@ class PageSource:
         try:
             sequence = engine.park(request)
         except RequestRefused as refusal:
-            outgoing.put(Failed(handle=want.handle, message=refusal.reason))
+            outgoing.put(failed(want.handle, refusal.reason))
             return
         wanted = _Wanted(want.handle, want.first_page, sequence, outgoing)
         self._wanted[name] = wanted
@@ -164,7 +190,7 @@ class PageSource:
 
     def serve(self, requests: Iterator[Any], context: Any) -> Iterator[FromSource]:
         """Serve one rank until its stream ends, or the group with it breaks."""
-        outgoing: queue.SimpleQueue[_Pages | Failed | None] = queue.SimpleQueue()
+        outgoing: queue.SimpleQueue[_Pages | FromSource | None] = queue.SimpleQueue()
         context.add_callback(lambda: outgoing.put(None))
         try:
             pair = next(requests).pair
@@ -191,8 +217,8 @@ class PageSource:
             )
             nothing = torch.empty(0, self._cache.page_words, dtype=torch.int32).to(group.device)
             while (item := outgoing.get()) is not None:
-                if isinstance(item, Failed):
-                    yield FromSource(failed=item)
+                if isinstance(item, FromSource):
+                    yield item
                 elif not item.wanted.left:
                     words = self._cache.read_pages(item.pages)
                     yield FromSource(
@@ -246,3 +272,8 @@ class PageSource:
             name = f"{prefix}{message.leave}"
             names.discard(name)
             self._post(lambda engine: self._leave(engine, name))
+
+
+def failed(handle: int, why: str) -> FromSource:
+    """The message that nothing more will come for a fetch."""
+    return FromSource(failed=Failed(handle=handle, message=why))

@@ -138,7 +138,7 @@ def _rows(
     for role in outs[0].unit_s:
         yield f"{role} steps limited by", [_shares(o.limited.get(role, {})) for o in outs]
         yield f"{role} prompts waited for", [_shares(o.held_up.get(role, {})) for o in outs]
-    yield "preempted / not handed over", [f"{o.preemptions:,} / {o.given_up:,}" for o in outs]
+    yield "preempted", [f"{o.preemptions:,}" for o in outs]
 
 
 def _percentile(values: np.ndarray[tuple[int], np.dtype[np.float64]], part: float) -> float:

@@ -311,6 +311,52 @@ async def test_a_slow_source_is_not_waited_for(make_engine: EngineMaker) -> None
     await close(split)
 
 
+async def test_a_source_with_a_queue_is_waited_for(make_engine: EngineMaker) -> None:
+    """It says that it works. Computed here, the prompts of an overload would slow every answer."""
+    split = Split(make_engine, timeout_s=1.0)
+    requests = [Request(f"r{i}", prompt_of(i, 300), PARAMS) for i in range(6)]
+    expected = undisturbed(make_engine, requests)
+    await split.start(prefills=True, pause_s=0.4, step=Limits(16, 300, 300))
+    decode = await split.start(prefills=False)
+    results = await asyncio.gather(*(split.run(request) for request in requests))
+    for request, (tokens, _) in zip(requests, results, strict=True):
+        assert tokens == expected[request.id]
+    counts = counted(decode)
+    assert (counts.fetched, counts.timeouts, counts.broken) == (6, 0, 0)
+    await split.idle()
+    await close(split)
+
+
+@pytest.mark.parametrize("starving", [1000, 1])
+async def test_who_waits_for_room_has_asked_nobody(
+    make_engine: EngineMaker, monkeypatch: pytest.MonkeyPatch, starving: float
+) -> None:
+    """Its time begins when it asks. If others have all the room for too long, it queues."""
+    monkeypatch.setattr("rayseek.cluster.transfer_fetch.STARVING", starving)
+    split = Split(make_engine, timeout_s=0.3)
+    request = Request("r", prompt_of(1, 300), PARAMS)
+    expected = undisturbed(make_engine, [request])["r"]
+    await split.start(prefills=True)
+    decode = await split.start(prefills=False)
+    held = await asyncio.to_thread(
+        in_engine, decode, lambda engine: engine.pool.take(engine.pool.available)
+    )
+    run = asyncio.create_task(split.run(request))
+    await asyncio.sleep(1.0)
+
+    def free(engine: Engine) -> None:
+        engine.pool.release(held)
+        decode.engine_loop.transfers.fetcher.begin_waiting(engine)
+
+    await asyncio.to_thread(in_engine, decode, free)
+    assert (await run)[0] == expected
+    counts = counted(decode)
+    assert (counts.fetched, counts.timeouts) == ((1, 0) if starving > 1 else (0, 1))
+    assert not counts.broken
+    await split.idle()
+    await close(split)
+
+
 @pytest.mark.parametrize("victim", ["source", "fetcher"])
 async def test_death_in_the_middle_of_a_transfer(
     split: Split, make_engine: EngineMaker, victim: str

@@ -7,7 +7,7 @@ from functools import partial
 
 from rayseek.serve_app.answer import Answer, ChatDialect, Head
 from rayseek.serve_app.engine_port import Engine
-from rayseek.serve_app.generation import encode, make_choices
+from rayseek.serve_app.generation import check_count, encode, make_choices
 from rayseek.serve_app.grammar import grammar_of, wants_json
 from rayseek.serve_app.prompt import Message, default_system_prompt, in_call_order, render_chat
 from rayseek.serve_app.protocol import ChatRequest
@@ -21,6 +21,7 @@ async def chat_answer(
 ) -> Answer:
     """Render, tokenise and set up; nothing runs yet. Raises ApiError (400)."""
     body.check()
+    check_count(body, 1, settings)
     messages = in_call_order(body.template_messages(settings.today()))
     default = default_system_prompt(
         settings.default_system_prompt, datetime.now(UTC), settings.time_zone
@@ -29,7 +30,7 @@ async def chat_answer(
         messages.insert(0, Message("system", default))
     grammar = await grammar_of(body, tokenizer)
     prompt = render_chat(messages, tools=body.template_tools(), json_mode=wants_json(body))
-    ids = await encode(tokenizer, [prompt])
+    ids = await encode(tokenizer, [prompt], settings)
     head = Head(body.model, engine.fingerprint)
     choices = make_choices(
         body,

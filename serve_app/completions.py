@@ -5,7 +5,7 @@ from __future__ import annotations
 from rayseek.serve_app.answer import Answer, Head, TextDialect
 from rayseek.serve_app.engine_port import Engine
 from rayseek.serve_app.errors import bad_request
-from rayseek.serve_app.generation import encode, make_choices
+from rayseek.serve_app.generation import check_count, encode, make_choices
 from rayseek.serve_app.prompt import render_fim, render_text
 from rayseek.serve_app.protocol import CompletionRequest
 from rayseek.serve_app.settings import ApiSettings
@@ -20,11 +20,12 @@ async def completion_answer(
     Text gets BOS before it. Ids are taken as they are: a caller who sends ids means them.
     """
     body.check()
+    check_count(body, len(body.prompt), settings)
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
     if texts:
         suffix = body.suffix
         prompts = [render_text(t) if suffix is None else render_fim(t, suffix) for t in texts]
-        ids = await encode(tokenizer, prompts)
+        ids = await encode(tokenizer, prompts, settings)
     else:
         ids = [prompt for prompt in body.prompt if isinstance(prompt, list)]
         unknown = next((i for prompt in ids for i in prompt if not tokenizer.is_defined(i)), None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from rayseek.cluster.request import Delta, FinishReason, Request, Token
@@ -15,10 +16,17 @@ from rayseek.serve_app.detokenize import TextStream
 from rayseek.serve_app.engine_port import Engine
 from rayseek.serve_app.errors import bad_request, server_error
 from rayseek.serve_app.protocol import GenerationFields
-from rayseek.serve_app.sampling import for_choice, output_limit, sampling_params
+from rayseek.serve_app.sampling import (
+    context_exceeded,
+    for_choice,
+    output_limit,
+    sampling_params,
+)
 from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Prompt, Tokenizer
 from rayseek.serve_app.tool_calls import CallEvent, Event, ToolCallParser, merged
+
+_ENCODERS = ThreadPoolExecutor(2, "encode")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +133,30 @@ class Choice:
         return Piece(text, shown, finish, calls)
 
 
-async def encode(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Tokenise; long prompts in a thread, so that other callers' streams flow on."""
-    if sum(len(piece) for prompt in prompts for piece in prompt if isinstance(piece, str)) < 8192:
+def check_count(body: GenerationFields, prompts: int, settings: ApiSettings) -> None:
+    """Raises ApiError (400) for more choices than one request may have."""
+    if (count := (body.n or 1) * prompts) > settings.max_choices:
+        raise bad_request(
+            f"this request asks for {count} choices; at most {settings.max_choices} are allowed",
+            param="n",
+        )
+
+
+async def encode(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], settings: ApiSettings
+) -> list[list[int]]:
+    """Tokenise; long prompts in threads of their own, two at a time, so that other callers' streams
+    flow on, and whatever is sent, not much memory is taken. Raises ApiError (400) for what the
+    context cannot hold."""
+
+    def encoded() -> list[list[int]]:
+        if any(tokenizer.is_longer(prompt, settings.context_length) for prompt in prompts):
+            raise context_exceeded(None, 0, settings)
         return [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    return await asyncio.to_thread(lambda: [tokenizer.encode_prompt(p) for p in prompts])
+
+    if sum(len(piece) for prompt in prompts for piece in prompt if isinstance(piece, str)) < 8192:
+        return encoded()
+    return await asyncio.get_running_loop().run_in_executor(_ENCODERS, encoded)
 
 
 def make_choices(
@@ -149,12 +176,6 @@ def make_choices(
     `banned` ids are not sampled. `parser_of`: how to parse tool calls, if they are to be parsed.
     """
     n = body.n or 1
-    if n * len(prompts) > settings.max_choices:
-        raise bad_request(
-            f"this request asks for {n * len(prompts)} choices; at most {settings.max_choices} "
-            "are allowed",
-            param="n",
-        )
     hidden = frozenset() if body.skip_special_tokens is False else tokenizer.special_ids
     silent = set() if body.include_stop_str_in_output else set(body.stop_token_ids or ())
     if not body.ignore_eos:

@@ -366,7 +366,10 @@ def add_messages(app: FastAPI, service: Service) -> None:
             key = service.keys.check(*_credentials(request))
             body = parse(CountRequest, await read_json(request, settings.body_limit_bytes))
             service.check_model(key, body.model)
-            answer = await chat_answer(to_chat(body), settings, service.tokenizer, service.watched)
+            chat = to_chat(body)
+            with service.admitted(key) as lease:
+                answer = await chat_answer(chat, settings, service.tokenizer, service.watched)
+                lease.release()
             return JSONResponse({"input_tokens": answer.choices[0].prompt_tokens})
         except Exception as error:
             return ANTHROPIC.error_response(error)

@@ -44,13 +44,18 @@ def output_limit(body: GenerationFields, prompt_tokens: int, settings: ApiSettin
     return wanted
 
 
-def context_exceeded(prompt_tokens: int, wanted: int, settings: ApiSettings) -> ApiError:
-    """DeepSeek's message."""
+def context_exceeded(prompt_tokens: int | None, wanted: int, settings: ApiSettings) -> ApiError:
+    """DeepSeek's message. prompt_tokens: None if they were not counted to the end."""
+    asked = (
+        "requested more than that in the messages alone"
+        if prompt_tokens is None
+        else f"requested {prompt_tokens + wanted} tokens ({prompt_tokens} in the messages, "
+        f"{wanted} in the completion)"
+    )
     return ApiError(
         400,
         f"This model's maximum context length is {settings.context_length} tokens. However, you "
-        f"requested {prompt_tokens + wanted} tokens ({prompt_tokens} in the messages, {wanted} in "
-        "the completion). Please reduce the length of the messages or completion.",
+        f"{asked}. Please reduce the length of the messages or completion.",
         param="messages",
         code="context_length_exceeded",
     )

@@ -41,6 +41,10 @@ class Control(Enum):
 Prompt = tuple[Control | str, ...]
 
 
+SLICE = 2**16  # characters of a long text that are tokenised at a time, to see whether it fits
+ACROSS = 64  # more than the tokens that a cut between two slices adds (measured: 1)
+
+
 @lru_cache(maxsize=1)
 def _byte_of_char() -> dict[str, int]:
     """GPT-2's byte-level alphabet: printable Latin-1 stands for itself, the rest from U+0100."""
@@ -118,6 +122,20 @@ class Tokenizer:
             else:
                 ids += next(spans)
         return ids
+
+    def is_longer(self, prompt: Prompt, limit: int) -> bool:
+        """Whether a prompt is certainly longer than so many tokens, told without making many more.
+        No: it may be, by a little."""
+        texts = [piece for piece in prompt if isinstance(piece, str)]
+        if sum(map(len, texts)) <= limit:
+            return False
+        count = 0
+        for text in texts:
+            for start in range(0, len(text), SLICE):
+                count += len(self.encode_text(text[start : start + SLICE])) - (start and ACROSS)
+                if count > limit:
+                    return True
+        return False
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text on its own. Releases the GIL."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, MutableMapping
+from collections.abc import AsyncIterator, MutableMapping, Sequence
 from typing import Any
 
 import pytest
@@ -194,6 +194,32 @@ async def test_context_overflow(api: Any, small: Tokenizer, settings: ApiSetting
         assert is_openai_error(await client.post(CHAT, json=full), 400)["code"] == (
             "context_length_exceeded"
         )
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/messages/count_tokens"])
+@pytest.mark.parametrize("parts", [1, 400])
+async def test_far_too_much_is_refused_before_it_is_tokenised(
+    api: Any, settings: ApiSettings, path: str, parts: int
+) -> None:
+    tokenizer = Tokenizer(api.byte_tokenizer_file())
+    encoded = 0
+    encode = tokenizer.encode_texts
+
+    def counted(texts: Sequence[str]) -> list[list[int]]:
+        nonlocal encoded
+        encoded += sum(map(len, texts))
+        return encode(texts)
+
+    tokenizer.encode_texts = counted  # type: ignore[method-assign]
+    text = "x" * (400_000 // parts)
+    prompt: Any = text if parts == 1 else [text] * parts
+    body = {**BODY, "messages": [{"role": "user", "content": text}] * parts, "prompt": prompt}
+    async with api.client_of(api.build_app(settings, tokenizer, api.saying(tokenizer))) as client:
+        reply = await client.post(path, json=body)
+        assert reply.status_code == 400
+        message = reply.json()["error"]["message"]
+    assert ("choices" if parts > 1 and path == "/v1/completions" else "maximum context") in message
+    assert encoded < 70_000
 
 
 async def test_unknown_paths_methods_and_keys(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as BpeTokenizer
 
+from rayseek.serve_app import tokenizer as tokenizer_module
 from rayseek.serve_app.tokenizer import Control, Tokenizer
 
 NAMES = [control.value for control in Control]
@@ -62,6 +64,17 @@ def test_decoding_equals_the_ordinary_tokenizer(
     v3: Tokenizer, ordinary: Any, ids: list[int]
 ) -> None:
     assert v3.decode(ids) == ordinary.decode(ids, skip_special_tokens=False)
+
+
+@given(
+    words=st.lists(HOSTILE | st.text("aé 0\n.😀", max_size=9), min_size=1, max_size=6),
+    times=st.integers(1, 60),
+)
+def test_a_length_told_from_slices_is_true(v3: Tokenizer, words: list[str], times: int) -> None:
+    """Whatever stands where two slices meet."""
+    prompt = (Control.BOS, "".join(words) * times, Control.USER, *words[:1])
+    with mock.patch.multiple(tokenizer_module, SLICE=50, ACROSS=6):
+        assert not v3.is_longer(prompt, len(v3.encode_prompt(prompt)))
 
 
 def test_lone_surrogates_are_replaced(v3: Tokenizer) -> None:

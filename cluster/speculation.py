@@ -129,6 +129,13 @@ class _Size:
         self.steps = 0
         self.choice, self.hold, self.left = Choice(0), 0, 0  # steps: for which it holds, still
 
+    def measured(self, depth: int, seconds: float) -> None:
+        """Of a depth that has been in use for some time, it is the machine's pace that changes."""
+        before = self.seconds[depth]
+        if before is not None and self.hold > TRIAL:
+            self.seconds = [s and s * seconds / before for s in self.seconds]
+        self.seconds[depth] = seconds
+
 
 class DraftMeter:
     """Keeps what `Measured` says, and how many drafts were made and accepted at each depth."""
@@ -204,11 +211,11 @@ class DraftMeter:
         if not prompt_rows:
             size.alone[depth] = size.steps
             own = seconds / batch
-            size.seconds[depth] = own if known is None else smoothed(known, own)
+            size.measured(depth, own if known is None else smoothed(known, own))
         elif depth and size.steps - size.alone[depth] > SELDOM:  # no smallest one of differences
             if taken := self._row_s(size, depth):
                 own = max(seconds - taken * prompt_rows, seconds / 2) / batch
-                size.seconds[depth] = own if known is None else known + (own - known) / 8
+                size.measured(depth, own if known is None else known + (own - known) / 8)
         elif known is not None:
             row = max(seconds - known * batch, 0.0) / prompt_rows
             row_s = size.row_s[depth]

@@ -193,6 +193,24 @@ def test_a_useless_draft_is_seldom_tried_and_noticed_when_it_becomes_useful() ->
     assert simulate(meter, 0.95, 5000) > 4900, "it does not waver"
 
 
+@pytest.mark.parametrize("with_draft, expected", [(0.023, 0), (0.016, 1)])
+def test_a_machine_that_changes_its_pace_changes_no_choice(
+    with_draft: float, expected: int
+) -> None:
+    """Others on its cores make all steps longer for some time."""
+    meter, used, pace = DraftMeter(1), [0, 0], 1.0
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(8000):
+        if torch.rand(1, generator=generator) < 0.006:
+            pace = (1.0, 1.3, 1.7)[int(torch.randint(3, (1,), generator=generator))]
+        depth = meter.choose(choose_depth, 1)
+        used[depth] += 1
+        meter.verified(depth, depth)
+        noise = 1 + 0.1 * float(torch.rand(1, generator=generator))
+        meter.step_took((0.010, with_draft)[depth] * pace * noise, 0)
+    assert used[1 - expected] <= 80
+
+
 def prompt_of(seed: int, length: int) -> tuple[int, ...]:
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randint(3, 300, (length,), generator=generator).tolist())

@@ -91,7 +91,7 @@ def build_expert_rank(
     ops = choose_ops(device, settings.kernels, settings.threads, settings.kv_dtype).ops
     timeout_s = settings.step_timeout_s + GRACE_S
     participant = Participant(
-        name, host, checkpoint.config, ops, spec.exchange, timeout_s, on_broken
+        name, host, checkpoint.config, ops, device, spec.exchange, timeout_s, on_broken
     )
     return participant, ExpertLoader(ExpertStore(checkpoint, ops))
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from rayseek.cluster.wire_rows import WireRows
 from rayseek.kernels.kv_format import KVDtype, token_bytes
 from rayseek.model.config import ModelConfig
 
 NODE = 8  # GPUs that NVLink joins
-FP8_ROW_SCALE = 4 / 128  # bytes of scales for each value of a row that is sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,8 @@ class Cost:
         self._expert = 3 * width * model.moe_intermediate_size
         self._dense = 3 * width * model.intermediate_size
         self._moe_layers = model.num_hidden_layers - model.first_k_dense_replace
+        wire = WireRows(width, model.num_experts_per_tok, fp8=True)
+        self._row_bytes = wire.row_bytes + wire.product_bytes  # there and back
 
     def decode(self, batch: int, context: float, tokens: int = 1) -> Step:
         """One step of `batch` sequences on each GPU, `tokens` rows each, over `context` latents."""
@@ -135,7 +137,7 @@ class Cost:
         product(model.first_k_dense_replace, self._dense)
         product(1, model.vocab_size * model.hidden_size, 2, self._bf16)
         local, remote = chosen * (min(NODE, self._ranks) - 1), chosen * (self._ranks - NODE)
-        row = self._row_bytes() * rows * self._moe_layers / self._ranks
+        row = self._row_bytes * rows * self._moe_layers / self._ranks
         sending = max(row * max(remote, 0) / self._network, row * local / self._nvlink)
         limit = max(zip((*times, sending), ("memory", "operations", "network"), strict=True))[1]
         return Step(total, sending, limit, self._parts.decode)
@@ -156,17 +158,12 @@ class Cost:
         shared = rows if mean_rows is None else mean_rows
         computing = 2 * (rows * linear + shared * routed) / self._fp8 + attention / self._bf16
         nodes = max(1, self._ranks // NODE)
-        row = self._row_bytes() * rows * self._moe_layers
+        row = self._row_bytes * rows * self._moe_layers
         inside = row * model.num_experts_per_tok * (NODE - 1) / NODE if self._ranks >= NODE else 0.0
         between = row * self._nodes_hit(nodes) * (1 - 1 / nodes)
         sending = max(between / self._network, inside / self._nvlink)
         limit = "network" if sending > computing else "operations"
         return Step(computing, sending, limit, self._parts.prefill)
-
-    def _row_bytes(self) -> float:
-        """FP8 with scales there, BF16 back."""
-        width = self._model.hidden_size
-        return width * (1 + FP8_ROW_SCALE) + 2 * width
 
     def _nodes_hit(self, nodes: int) -> float:
         """Nodes with one of a row's experts, of which it chooses `topk_group` groups."""

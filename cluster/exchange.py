@@ -40,8 +40,8 @@ WAITS = ("counts", "dispatch", "return")  # the stages in which a member stands 
 class Holding(Protocol):
     """The experts in this member's slots."""
 
-    def compute(self, layer: int, x_RD: Tensor, row_N: Tensor, slot_N: Tensor) -> Tensor:
-        """float32 [N, D]: local slot slot_N[i] applied to x_RD[row_N[i]]; zeros for slot -1."""
+    def compute(self, layer: int, x_RW: Tensor, row_N: Tensor, slot_N: Tensor) -> Tensor:
+        """`SplitOps.expert_rows` with the experts of the layer, by local slot."""
 
 
 class Position(NamedTuple):
@@ -61,9 +61,9 @@ class Exchange:
     """Member group.rank of one epoch.
 
     holders: the members with expert slots, in the placement's order; nodes: of every member.
-    holding: the experts of this member's slots, None if it is no holder. hidden, top_k: of the
-    model. fp8: rows travel quantised. number: of the pass. `position` may be read by other threads
-    at any time.
+    holding: the experts of this member's slots, None if it is no holder. ops: the same of all
+    members, for they say how rows travel. hidden, top_k: of the model. number: of the pass.
+    `position` may be read by other threads at any time.
     """
 
     def __init__(
@@ -78,14 +78,15 @@ class Exchange:
         top_k: int,
         mode: Mode = "exact",
         hierarchical: bool = False,
-        fp8: bool = False,
     ) -> None:
         assert (holding is not None) == (group.rank in holders)
         self.group, self.placement, self.ops, self.mode = group, placement, ops, mode
         self.places: RowPlaces = (
             NativePlaces(ops.library) if isinstance(ops, NativeOps) else TorchPlaces()
         )
-        self.holding, self.wire, self.hidden = holding, WireRows(hidden, top_k, fp8), hidden
+        self.holding, self.hidden = holding, hidden
+        self.wire = WireRows(hidden, top_k, ops.fp8_rows)
+        self.product_dtype = torch.bfloat16 if ops.fp8_rows else torch.float32
         me, device = group.rank, group.device
         here = holders.index(me) if me in holders else None
         self.first_slot = (here or 0) * placement.slots_per_holder
@@ -130,8 +131,8 @@ class Exchange:
     def begin(self, layer: int, x_TD: Tensor, expert_TK: Tensor) -> Pending:
         """Send the rows of the pass's next micro-batch towards their experts.
 
-        x_TD: float32; expert_TK: int32 logical experts, ascending in each row. In the fixed modes
-        not more rows than start_pass announced.
+        x_TD: as `ops.rms_norm` gives it; expert_TK: int32 logical experts, ascending in each row.
+        In the fixed modes not more rows than start_pass announced.
         """
         rows = self.rows[self._next_part]
         self._next_part = (self._next_part + 1) % len(self.rows)
@@ -140,7 +141,7 @@ class Exchange:
             raise ValueError(f"layer {layer}: {len(x_TD)} rows where this member announced {mine}")
         self.at(layer, "send")
         packed, slot_TK, splits = self.places.pack(
-            self._routes[layer], self.wire.words(x_TD), expert_TK,
+            self._routes[layer], self.ops.row_words(x_TD), expert_TK,
             None if self.mode == "exact" else mine,
         )  # fmt: skip
         return Pending(self, layer, rows, packed, splits, slot_TK)
@@ -186,7 +187,8 @@ class Exchange:
     ) -> tuple[Transfer, Tensor]:
         """Start sending `rows`, split by member; the other tensor will hold what comes."""
         out = torch.empty(sum(expected), rows.shape[1], dtype=rows.dtype, device=rows.device)
-        self.bytes_sent += (rows.shape[0] - splits[self.group.rank]) * rows.shape[1] * 4
+        row_bytes = rows.shape[1] * rows.element_size()
+        self.bytes_sent += (rows.shape[0] - splits[self.group.rank]) * row_bytes
         what = f"pass {self.number}, layer {layer}, {stage}"
         return self.group.all_to_all(out, rows, expected, splits, what), out
 
@@ -272,7 +274,7 @@ class Pending:
         exchange, members = self._exchange, self._exchange.group.size
         holding, wire = exchange.holding, exchange.wire
         if holding is None:
-            return packed.new_empty(0, wire.hidden, dtype=torch.float32), [0] * members
+            return packed.new_empty(0, wire.hidden, dtype=exchange.product_dtype), [0] * members
         if len(exchange.hops) > 1:  # relays mix homes, but keep the order of each
             packed = packed[wire.homes(packed).argsort(stable=True)]
         first, seen_S = exchange.first_slot, exchange.rows_of_slots(self._layer)

@@ -12,6 +12,7 @@ from typing import Literal
 from rayseek.cluster.config import Config, EngineSettings, Role
 from rayseek.cluster.placement import slots_per_holder
 from rayseek.cluster.succession import Room
+from rayseek.cluster.wire_rows import WireRows
 from rayseek.kernels.kv_format import token_bytes
 from rayseek.model.config import ModelConfig
 from rayseek.model.ledger import Ledger, make_ledger
@@ -136,21 +137,27 @@ def _workspace(config: Config, model: ModelConfig, role: Role, attention: bool) 
     """Bytes that a step needs beside weights and pages, by its largest stage.
 
     Attention: queries, absorbed queries, latents and outputs of every row in two bytes. Experts:
-    rows sent and rows computed, in and out, at 3 bytes a value (FP8 there, BF16 back), and the
-    hidden values of the rows computed. Logits: fp32, twice, of the rows that sample.
+    rows sent and rows computed, in and out (WireRows), and the hidden values of the rows computed.
+    Logits: fp32, twice, of the rows that sample.
     """
     engine, unit = config.engine_of(role), config.units[role]
     sampled = engine.max_batch * (1 + engine.draft_tokens)
     rows = max(engine.step_tokens, sampled)
     width, chosen = model.hidden_size, model.num_experts_per_tok
-    sent = rows * chosen if attention else 0
+    wire = WireRows(width, chosen, fp8=config.hardware.accelerator != "cpu")
+    sent, products = (rows * chosen, rows * chosen) if attention else (0, 0)
     everybody = rows * unit.attention_ranks
     computed = int(UNEVEN * everybody * chosen / unit.holders)
     if config.exchange.mode == "fixed":
+        sent = rows * unit.holders if attention else 0
         computed = max(computed, everybody)  # room for the case that all rows come here
     if attention and unit.experts == "dedicated":
         computed = 0
-    stages = [(sent + computed) * width * 3 + computed * model.moe_intermediate_size * 3 * 2]
+    stages = [
+        (sent + computed) * wire.row_bytes
+        + (products + computed) * wire.product_bytes
+        + computed * model.moe_intermediate_size * 3 * 2
+    ]
     if attention:
         head = model.qk_head_dim + model.latent_width + model.kv_lora_rank + model.v_head_dim
         stages.append(rows * model.num_attention_heads * head * 2)

@@ -40,6 +40,7 @@ from rayseek.cluster.exchange import Exchange, Mode, RemoteExperts
 from rayseek.cluster.group import ExchangeBroken, Group, open_store
 from rayseek.cluster.plan import Exchanged, ExpertRows, Pulse, UnitPlan
 from rayseek.kernels.ops import SplitOps
+from rayseek.kernels.select import Device
 from rayseek.model.config import ModelConfig
 from rayseek.model.expert_slots import ExpertsReleased
 
@@ -72,8 +73,9 @@ OnBroken: TypeAlias = Callable[[Broken], None]
 class Participant:
     """Owned by the thread that computes; the methods under "for other threads" are for others.
 
-    host: where the others find the key-value store that this member offers. timeout_s: how long
-    an exchange may stand still. on_broken: told of every group that had to be given up.
+    host: where the others find the key-value store that this member offers. device: of `ops`, and
+    so of the groups. timeout_s: how long an exchange may stand still. on_broken: told of every
+    group that had to be given up.
     """
 
     def __init__(
@@ -82,11 +84,13 @@ class Participant:
         host: str,
         config: ModelConfig,
         ops: SplitOps,
+        device: Device,
         settings: ExchangeSettings,
         timeout_s: float,
         on_broken: OnBroken,
     ) -> None:
-        self.name, self.host, self.config, self.ops = name, host, config, ops
+        self.name, self.host, self.config = name, host, config
+        self.ops, self.device = ops, device
         self.settings, self.timeout_s = settings, timeout_s
         self._store = open_store(host)
         self._on_broken = on_broken
@@ -403,7 +407,7 @@ class _Formed:
         self._sleeper, self._ringer = me.connections(plan.members[0].store)
         nodes = sorted({m.node for m in plan.members})
         self.group = Group.through(
-            self._sleeper, self._keys, rank, len(plan.members), me.timeout_s,
+            self._sleeper, self._keys, rank, len(plan.members), me.timeout_s, me.device,
             given_up=me.has_news, over=lambda: me.is_over(plan.epoch), address=me.host,
         )  # fmt: skip
         self.exchange = Exchange(

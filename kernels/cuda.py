@@ -51,6 +51,7 @@ class CudaOps:
     """`SplitOps` on a CUDA device. ("cpu" is for Triton's interpreter.)"""
 
     name = "cuda"
+    fp8_rows = True
 
     def __init__(self, device: str = "cuda", kv_dtype: KVDtype = "auto") -> None:
         self.device, self.kv_dtype = torch.device(device), kv_dtype
@@ -216,28 +217,37 @@ class CudaOps:
             return
         top_k = expert_TK.shape[1]
         y_ND = x_TD.new_empty(expert_TK.numel(), x_TD.shape[1], dtype=torch.bfloat16)
-        self._products(x_TD, expert_TK.reshape(-1), top_k, packed, y_ND)
+        rows = quantise.quantise(x_TD)
+        self._products(rows, expert_TK.reshape(-1), top_k, packed, y_ND)
         permute.combine(y_ND, weight_TK, into_TD)
 
+    def row_words(self, x_TD: Tensor) -> Tensor:
+        """Quantised at home, once, as an expert here would have it."""
+        return quantise.to_words(*quantise.quantise(x_TD))
+
     def expert_rows(
-        self, x_TD: Tensor, row_N: Tensor, expert_N: Tensor, packed: CudaExperts
+        self, x_RW: Tensor, row_N: Tensor, expert_N: Tensor, packed: CudaExperts
     ) -> Tensor:
-        y_ND = x_TD.new_zeros(len(row_N), x_TD.shape[1], dtype=torch.bfloat16)
+        hidden = packed.down.shape[1]
+        y_ND = x_RW.new_zeros(len(row_N), hidden, dtype=torch.bfloat16)
         if len(row_N) and len(packed.down):
-            self._products(x_TD, expert_N.int(), row_N.int(), packed, y_ND)
-        return y_ND.float()
+            rows = quantise.from_words(x_RW, hidden)
+            self._products(rows, expert_N.int(), row_N.int(), packed, y_ND)
+        return y_ND
 
     def combine(self, y_MD: Tensor, index_TK: Tensor, weight_TK: Tensor, into_TD: Tensor) -> None:
         permute.combine(y_MD, weight_TK, into_TD, index_TK.int())
 
     def _products(
-        self, x_TD: Tensor, expert_N: Tensor, rows: Tensor | int, packed: CudaExperts, y_ND: Tensor
-    ) -> None:
-        """y[i] = expert[i](x[its row]) for every pair i with an expert here."""
+        self, x: tuple[Tensor, Tensor], expert_N: Tensor, rows: Tensor | int, packed: CudaExperts,
+        y_ND: Tensor,
+    ) -> None:  # fmt: skip
+        """y[i] = expert[i](x[its row]) for every pair i with an expert here; x as `quantise`
+        gives it."""
         count, both, d = packed.gate_up.shape
         wide = all(fp8_gemm.can_be_wide(n, k, True) for n, k in ((both, d), (d, both // 2)))
         to = permute.assign(expert_N.contiguous(), count, rows, fp8_gemm.WIDE_ROWS if wide else 64)
-        data, scale = quantise.quantise(x_TD)
+        data, scale = x
         rows_from: Tensor | None = to.row_S
         if to.tiles.rows == fp8_gemm.WIDE_ROWS:  # TMA loads neighbours only
             data, scale = permute.gather(data, scale, to)

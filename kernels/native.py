@@ -36,6 +36,7 @@ class NativeOps:
     """
 
     name = "native"
+    fp8_rows = False
 
     def __init__(
         self, threads: int = 1, target: str = "native", kv_dtype: KVDtype = "auto"
@@ -193,12 +194,15 @@ class NativeOps:
     def expert_part(self, packed: NativeExperts, index: int) -> NativeExperts:
         return NativeExperts([packed.gate_up[index]], [packed.down[index]])
 
+    def row_words(self, x_TD: Tensor) -> Tensor:
+        return x_TD.view(torch.int32)
+
     def expert_rows(
-        self, x_TD: Tensor, row_N: Tensor, expert_N: Tensor, packed: NativeExperts
+        self, x_RW: Tensor, row_N: Tensor, expert_N: Tensor, packed: NativeExperts
     ) -> Tensor:
         if not packed.count or not row_N.shape[0]:
-            return torch.zeros(row_N.shape[0], x_TD.shape[1])
-        x = _rows(x_TD, packed.gate_up[0].k)
+            return torch.zeros(row_N.shape[0], x_RW.shape[1])
+        x = _rows(x_RW.view(torch.float32), packed.gate_up[0].k)
         row_N, expert_N = _ints(row_N), _ints(expert_N)
         out = torch.empty(row_N.shape[0], packed.down[0].n)
         if self.library.rs_expert_rows(

@@ -225,7 +225,14 @@ class SplitOps(Ops, Protocol):
 
     `expert_rows` where the experts are and `combine` where the rows came from give, bit for bit,
     what `experts` gives in one place.
+
+    fp8_rows: rows travel in e4m3 with scales, products in bfloat16; else both in float32.
     """
+
+    fp8_rows: bool
+
+    def row_words(self, x_TD: Tensor) -> Tensor:
+        """Rows as they travel to `expert_rows`: int32 [T, words], as cluster/wire_rows.py says."""
 
     def join_experts(self, parts: list[Any]) -> Any:
         """Several results of `pack_experts` as one. It may have memory of its own: who keeps it
@@ -234,10 +241,10 @@ class SplitOps(Ops, Protocol):
     def expert_part(self, packed: Any, index: int) -> Any:
         """One expert of a result of `pack_experts` or `join_experts`, sharing its memory."""
 
-    def expert_rows(self, x_TD: Tensor, row_N: Tensor, expert_N: Tensor, packed: Any) -> Tensor:
-        """y[i] = expert_N[i](x[row_N[i]]), float32 [N, D]; zeros where the expert is -1.
+    def expert_rows(self, x_RW: Tensor, row_N: Tensor, expert_N: Tensor, packed: Any) -> Tensor:
+        """y[i] = expert_N[i](x[row_N[i]]), as products travel, [N, D]; zeros where it is -1.
 
-        row_N, expert_N: int32. x rows may be a slice of wider rows.
+        x_RW: made by `row_words`; may be a slice of wider rows. row_N, expert_N: int32.
         """
 
     def combine(self, y_MD: Tensor, index_TK: Tensor, weight_TK: Tensor, into_TD: Tensor) -> None:

@@ -29,6 +29,7 @@ class ReferenceOps:
     """`Ops` in plain PyTorch; a packed weight is its float32 values."""
 
     name = "reference"
+    fp8_rows = False
 
     def __init__(self, kv_dtype: KVDtype = "auto") -> None:
         self.kv_dtype = kv_dtype
@@ -105,11 +106,14 @@ class ReferenceOps:
     ) -> tuple[list[Tensor], list[Tensor]]:
         return [packed[0][index]], [packed[1][index]]
 
+    def row_words(self, x_TD: Tensor) -> Tensor:
+        return x_TD.view(torch.int32)
+
     def expert_rows(
-        self, x_TD: Tensor, row_N: Tensor, expert_N: Tensor,
+        self, x_RW: Tensor, row_N: Tensor, expert_N: Tensor,
         packed: tuple[list[Tensor], list[Tensor]],
     ) -> Tensor:  # fmt: skip
-        return expert_rows_ref(x_TD, row_N, expert_N, *packed)
+        return expert_rows_ref(x_RW.view(torch.float32), row_N, expert_N, *packed)
 
     def combine(self, y_MD: Tensor, index_TK: Tensor, weight_TK: Tensor, into_TD: Tensor) -> None:
         combine_ref(y_MD, index_TK, weight_TK, into_TD)

@@ -72,15 +72,15 @@ class ExpertSlots:
         """For each layer the logical expert of each slot."""
         return {number: layer.experts for number, layer in self.layers.items()}
 
-    def compute(self, layer: int, x_RD: Tensor, row_N: Tensor, slot_N: Tensor) -> Tensor:
-        """float32 [N, D]: slot slot_N[i] of the layer applied to x_RD[row_N[i]]; zeros for -1.
+    def compute(self, layer: int, x_RW: Tensor, row_N: Tensor, slot_N: Tensor) -> Tensor:
+        """Slot slot_N[i] of the layer applied to row row_N[i] (SplitOps.expert_rows); zeros for -1.
 
         Raises ExpertsReleased.
         """
         there = self.layers.get(layer)
         if there is None:
             raise ExpertsReleased(f"the experts of layer {layer} have been released")
-        return self._ops.expert_rows(x_RD, row_N, slot_N, there.packed)
+        return self._ops.expert_rows(x_RW, row_N, slot_N, there.packed)
 
     def digest(self, layer: int, expert: int) -> bytes:
         """Of the expert's checkpoint bytes, taken when it came here; the same in every process."""

@@ -36,7 +36,7 @@ class Experts(Protocol):
         """The experts themselves, if all are in this process; `begin` is then one way of many."""
 
     def begin(self, x_TD: Tensor, expert_TK: Tensor) -> ExpertsUnderway:
-        """Start on rows, float32, for int32 logical experts, ascending in a row."""
+        """Start on normalised rows for int32 logical experts, ascending in a row."""
 
 
 class ExpertsUnderway(Protocol):

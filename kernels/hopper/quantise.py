@@ -91,6 +91,17 @@ def quantise(
     return out, scale
 
 
+def to_words(data: Tensor, scale: Tensor) -> Tensor:
+    """Quantised rows [T, K], [K/128, T] as int32 [T, K/4 + K/128]: each row's bytes, its scales."""
+    return torch.cat([data.view(torch.int32), scale.T.contiguous().view(torch.int32)], 1)
+
+
+def from_words(words: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The opposite. words may be a slice of wider rows."""
+    data, scale = words[:, : k // 4].contiguous(), words[:, k // 4 :].T.contiguous()
+    return data.view(torch.float8_e4m3fn), scale.view(torch.float32)
+
+
 def rms_norm(x: Tensor, norm: Norm, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """norm(x) in bfloat16 or float32, [T, K]."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)

@@ -313,7 +313,7 @@ def test_experts_apart_are_experts_together(
         pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))]
         local = torch.tensor([mine.index(e) for e in ids.flatten()[pairs].tolist()]).int()
         packed = ops.join_experts([parts[e] for e in mine])
-        products.append(ops.expert_rows(x, (pairs // 3).int(), local, packed))
+        products.append(ops.expert_rows(ops.row_words(x), (pairs // 3).int(), local, packed))
         index[pairs] = torch.arange(at, at + len(pairs), dtype=torch.int32)
         at += len(pairs)
     ops.combine(torch.cat(products), index.view(count, 3), weights, into)
@@ -323,9 +323,9 @@ def test_experts_apart_are_experts_together(
 def test_a_row_without_an_expert_is_zero(ops: NativeOps) -> None:
     layer, x = Layer(ops, "bf16"), randn(1, 2, 72)
     rows, ids = torch.tensor([1, 0, 1]), torch.tensor([3, -1, 3])
-    got = ops.expert_rows(x, rows, ids, layer.experts)
+    got = ops.expert_rows(ops.row_words(x), rows, ids, layer.experts)
     assert not got[1].any() and got[0].any() and torch.equal(got[0], got[2])
-    expected = REFERENCE.expert_rows(x, rows, ids, Layer(REFERENCE, "bf16").experts)
+    expected = REFERENCE.expert_rows(ops.row_words(x), rows, ids, Layer(REFERENCE, "bf16").experts)
     close(got, expected, 3e-5)
     into, again = randn(2, 1, 72), randn(2, 1, 72)
     index, weights = torch.tensor([[2, 0]], dtype=torch.int32), torch.tensor([[0.3, 0.7]])

@@ -103,11 +103,12 @@ def test_experts_apart_give_the_bits_of_experts_here(inner: int, hidden: int) ->
     parts = [ops.pack_experts(gate_up[:2], down[:2]), ops.pack_experts(gate_up[2:], down[2:])]
     joined = ops.join_experts(parts[::-1])  # experts 2, 3, 4, 0, 1
     pair_row = torch.arange(30).repeat_interleave(3).int()
-    y = ops.expert_rows(x, pair_row, (chosen.flatten() - 2) % 5, joined)
+    words = ops.row_words(x)
+    y = ops.expert_rows(words, pair_row, (chosen.flatten() - 2) % 5, joined)
     apart = into.clone()
     ops.combine(y, torch.arange(90).view(30, 3).int(), weights, apart)
     assert torch.equal(apart, here)
-    absent = ops.expert_rows(x, pair_row[:4], torch.tensor([-1, 0, -1, 4]), joined)
+    absent = ops.expert_rows(words, pair_row[:4], torch.tensor([-1, 0, -1, 4]), joined)
     assert not absent[[0, 2]].any() and absent[[1, 3]].any()
 
 
@@ -140,7 +141,8 @@ def test_experts_are_in_memory_once(tmp_path: Path) -> None:
     second = store.load({1: [3, 0, 7], 2: [1, 5]}, first)
     assert memory_of(second) == 5 * one
     assert memory_of(first, second) == (6 + 2) * one  # layer 1 is shared, layer 2 made anew
-    x, row = random(1, hidden).bfloat16(), torch.zeros(1, dtype=torch.int32)
+    x = CudaOps("cpu").row_words(random(1, hidden).bfloat16())
+    row = torch.zeros(1, dtype=torch.int32)
     for old, new in ((2, 0), (0, 1)):
         slots = torch.tensor([old], dtype=torch.int32), torch.tensor([new], dtype=torch.int32)
         a, b = first.compute(2, x, row, slots[0]), second.compute(2, x, row, slots[1])

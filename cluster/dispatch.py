@@ -23,7 +23,7 @@ import grpc.aio
 
 from rayseek.cluster.credentials import credentials
 from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused, Token
-from rayseek.cluster.tokens_pb2 import Frame, Load, ToRank, Update
+from rayseek.cluster.tokens_pb2 import REFUSED, RUNNING, Frame, Load, ToRank, Update
 from rayseek.cluster.traces import record
 from rayseek.cluster.wire import METHOD, SERVICE, delta_of, plain_token, submit_message
 
@@ -57,6 +57,16 @@ class RankAddress:
 
 
 News: TypeAlias = Update | Token | None  # an update, one more token, or the end of the stream
+
+
+class Inbox(asyncio.Queue[News]):
+    """What a rank has told of a request. on_end: as in Request."""
+
+    def __init__(self, on_end: Callable[[], None] | None) -> None:
+        super().__init__()
+        self.on_end = on_end
+
+
 Discover = Callable[[], Awaitable[list[RankAddress]]]
 
 
@@ -117,7 +127,7 @@ class RankChannel:
         self.alive = False
         self.retired = False  # it gave its requests back, since it is to stop
         self.prefilling = 0  # prompt tokens of ours that it was named for, and may still compute
-        self._inboxes: dict[int, asyncio.Queue[News]] = {}
+        self._inboxes: dict[int, Inbox] = {}  # of requests that this rank still has
         self._next_handle = 0
         self._outgoing: asyncio.Queue[ToRank | None] = asyncio.Queue()
         self._channel = grpc.aio.insecure_channel(address.target, options=CHANNEL_OPTIONS)
@@ -128,13 +138,13 @@ class RankChannel:
     def pressure(self) -> tuple[int, int]:
         return pressure(len(self._inboxes), self.load.waiting, self.load.pages_held)
 
-    def submit(self, request: Request, source: str = "") -> tuple[int, asyncio.Queue[News]]:
+    def submit(self, request: Request, source: str = "") -> tuple[int, Inbox]:
         """source: of the prompt's pages (wire.py). Raises ValueError, and nothing is held then, for
         what the message's fields cannot carry."""
         self._next_handle += 1
         handle = self._next_handle
         message = ToRank(submit=submit_message(handle, request, source))
-        inbox = self._inboxes[handle] = asyncio.Queue()
+        inbox = self._inboxes[handle] = Inbox(request.on_end)
         self._outgoing.put_nowait(message)
         return handle, inbox
 
@@ -154,6 +164,12 @@ class RankChannel:
         inbox = self._inboxes.get(handle)
         if inbox is not None:
             inbox.put_nowait(news)
+
+    def _over(self, last: Update) -> None:
+        """The rank has done with a request, whether its reader has come that far or not."""
+        inbox = self._inboxes.pop(last.handle, None)
+        if inbox is not None and inbox.on_end is not None and last.finish != REFUSED:
+            inbox.on_end()
 
     async def _write(self) -> AsyncIterator[ToRank]:
         while (message := await self._outgoing.get()) is not None:
@@ -176,6 +192,8 @@ class RankChannel:
                     self._pass_on(handle, plain_token(token_id, code))
                 for update in frame.updates:
                     self._pass_on(update.handle, update)
+                    if update.finish != RUNNING:
+                        self._over(update)
             self.retired = True
         except grpc.aio.AioRpcError as error:
             log.warning("rank %s lost: %s", self.address.name, error.details())

@@ -5,6 +5,7 @@ Plain data without torch, Ray or HTTP. Token ids only: text is the ingress's bus
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -69,6 +70,8 @@ class Request:
     emitted_ids: tuple[int, ...] = ()
     grammar: str = ""  # what the answer must match (cluster/grammar.py); "": anything
     trace: str = ""  # W3C traceparent of the span that it is part of (traces.py); "": none
+    # Does not travel. Called by the dispatcher when the last delta is there, read or not.
+    on_end: Callable[[], None] | None = field(default=None, compare=False, repr=False)
 
 
 class Token(NamedTuple):

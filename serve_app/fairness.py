@@ -22,6 +22,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from rayseek.cluster.request import Delta, Request, RequestRefused
 from rayseek.serve_app.engine_port import Engine
@@ -41,7 +42,7 @@ class Ticket:
     prompt: int  # tokens
     limit: int  # most tokens of the answer
     running: bool = False
-    cost: float = 0.0  # as guessed when it started
+    cost: float | None = None  # as guessed when it started; None: it waits
 
 
 @dataclass(slots=True)
@@ -105,12 +106,18 @@ class FairQueue:
         self._running += 1
         return ticket
 
+    def free(self, ticket: Ticket) -> None:
+        """The engine has done with it: its place is another's. Harmless twice."""
+        if ticket.running:
+            ticket.running = False
+            self._flows[ticket.key].running -= 1
+            self._running -= 1
+
     def remove(self, ticket: Ticket, made: int, whole: bool) -> None:
         """It is over, with `made` tokens. Not `whole`: it says nothing of the key's answers."""
+        self.free(ticket)
         flow = self._flows[ticket.key]
-        if ticket.running:
-            flow.running -= 1
-            self._running -= 1
+        if ticket.cost is not None:
             flow.clock += ticket.prompt + made - ticket.cost
             if whole:
                 flow.answer += MEMORY * (made - flow.answer)
@@ -179,7 +186,8 @@ class FairEngine:
             began = time.monotonic()
             seen.begins(lease.paid_prompt(request))
             # A key's priorities are among its own: in the engine they would pass other keys' by.
-            deltas = self._engine.generate(replace(request, priority=0))
+            ours = replace(request, priority=0, on_end=partial(self._free, ticket))
+            deltas = self._engine.generate(ours)
             try:
                 async for delta in deltas:
                     if delta.tokens:
@@ -207,13 +215,18 @@ class FairEngine:
         self._admit()
         return ticket
 
+    def _free(self, ticket: Ticket) -> None:
+        """Its last delta is here: a caller who reads slowly, or not at all, keeps no place."""
+        self._queue.free(ticket)
+        self._doors.pop(ticket, None)
+        self._admit()
+
     def _leave(self, ticket: Ticket, made: int, whole: bool, service_s: float) -> None:
         self._queue.remove(ticket, made, whole)
-        del self._doors[ticket]
         if whole:
             mean = self._service_s.get(ticket.key, service_s)
             self._service_s[ticket.key] = mean + MEMORY * (service_s - mean)
-        self._admit()
+        self._free(ticket)
 
     def _admit(self) -> None:
         now, several = time.monotonic(), self._several_keys()

@@ -209,6 +209,21 @@ async def test_closing_the_iterator_frees_the_rank(cluster: Cluster) -> None:
     assert server.engine_loop.pulse.load.pages_held == 0
 
 
+async def test_the_end_is_known_before_it_is_read(cluster: Cluster) -> None:
+    await cluster.start_rank()
+    over = asyncio.Event()
+    request = replace(wanted(1)[0], on_end=over.set)
+    deltas = cluster.dispatcher.generate(request)
+    first = await anext(deltas)
+    async with asyncio.timeout(5):
+        await over.wait()
+    (channel,) = cluster.dispatcher._alive()
+    assert channel.pressure[0] == channel.load.waiting == 0
+    rest = [delta async for delta in deltas]
+    assert sum(len(delta.tokens) for delta in (first, *rest)) == PARAMS.max_tokens
+    assert rest[-1].finish is FinishReason.LENGTH
+
+
 async def test_an_ingress_that_vanishes_frees_the_rank(cluster: Cluster) -> None:
     address = await cluster.start_rank(slow=True)
     other = Dispatcher(cluster.discover)

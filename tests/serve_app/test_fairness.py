@@ -156,6 +156,9 @@ class Manual:
 
     def finish(self, name: str) -> None:
         self.live[name].put_nowait(Delta(name, (Token(5),), FinishReason.STOP))
+        (request,) = (r for r in self.requests if r.id == name)
+        if request.on_end:
+            request.on_end()
 
 
 def lease_of(name: str) -> Lease:
@@ -242,6 +245,30 @@ async def test_cancelled_at_every_moment_no_place_is_lost() -> None:
     for name in list(engine.live):
         engine.finish(name)
     await asyncio.gather(*last)
+
+
+async def test_who_does_not_read_keeps_no_place_once_the_engine_is_done() -> None:
+    engine = Manual()
+    fair = FairEngine(engine, 2, 1000, several_keys=lambda: False)
+    leases = [lease_of("deaf"), lease_of("other")]
+    request = Request("deaf", (1, 2), SamplingParams(max_tokens=9))
+    deaf = fair.of(leases[0]).generate(request)
+    reading = asyncio.ensure_future(anext(aiter(deaf)))
+    await settle()
+    engine.live["deaf"].put_nowait(Delta("deaf", (Token(5),)))
+    await reading  # and nothing more
+    other = [ask(fair, f"o{i}", leases[1]) for i in range(2)]
+    await settle()
+    assert engine.order == ["deaf", "o0"] and fair.load == (2, 1)
+    engine.finish("deaf")
+    await settle()
+    assert engine.order == ["deaf", "o0", "o1"] and fair.load == (2, 0)
+    for name in ("o0", "o1"):
+        engine.finish(name)
+    await asyncio.gather(*other)
+    assert fair.load == (0, 0)
+    assert [delta.finish async for delta in deaf] == [FinishReason.STOP]
+    assert fair.load == (0, 0)
 
 
 async def test_a_full_queue_refuses_with_a_time() -> None:

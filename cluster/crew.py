@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +59,7 @@ class Hand:
     silent_s: float = 0.0
     looked: float = 0.0
     took_s: float = 0.0
+    came: float = field(default_factory=time.monotonic)
 
     @property
     def member(self) -> Member:
@@ -71,13 +73,15 @@ class Hand:
 @dataclass(slots=True)
 class Crew:
     """Of the unit of this name. exchange: the leader's settings. alone: an attention rank of it
-    needs no group to serve. changed: set when somebody comes, goes, or tells of a broken group."""
+    needs no group to serve. changed: set when somebody comes, goes, or tells of a broken group.
+    loading: attention ranks that are to be waited for, since they live."""
 
     unit: str
     exchange: ExchangeSettings = field(default_factory=ExchangeSettings)
     alone: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     hands: dict[str, Hand] = field(default_factory=dict)
+    loading: set[str] = field(default_factory=set)
     deaths: int = 0
     broken_epoch: int = -1
     slowest_s: float = 0.0  # answer, lately
@@ -213,15 +217,18 @@ class Crew:
         return answers
 
 
-async def start(actor: Any, within_s: float) -> Started:
+async def start(actor: Any, within_s: float, on_sign: Callable[[], None] | None = None) -> Started:
     """What its `start` says. Raises TimeoutError if that takes longer, or if the process hangs in
     it: it is asked for signs of life from its first one on, for until then it may wait for a place.
+    on_sign: called at the first.
     """
     starting = asyncio.ensure_future(_awaited(actor.start.remote()))
     starting.add_done_callback(lambda done: done.cancelled() or done.exception())  # it is seen
     try:
         async with asyncio.timeout(within_s):
             await _awaited(actor.epoch.remote())
+            if on_sign is not None:
+                on_sign()
             while not starting.done():
                 async with asyncio.timeout(STARTING_S):
                     await _awaited(actor.epoch.remote())

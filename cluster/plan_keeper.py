@@ -17,7 +17,7 @@ import ray.exceptions
 
 from rayseek.cluster.crew import Crew, Hand, last_line
 from rayseek.cluster.expert_load import ExpertLoad
-from rayseek.cluster.plan import UnitPlan, Wanted, next_plan, problems
+from rayseek.cluster.plan import Role, UnitPlan, Wanted, next_plan, problems
 from rayseek.cluster.rank import Elsewhere
 
 log = logging.getLogger("rayseek.unit")
@@ -25,20 +25,21 @@ log = logging.getLogger("rayseek.unit")
 LOOK_S = 1.0  # at what is to be changed, should nobody tell
 SETTLE_S = 0.03  # deaths come in groups: a node takes several ranks with it
 RETRY_S = 0.2
-SUCCESSOR_S = 5.0  # of patience, where an expert rank has worked before: requests may be waiting
+COMING_S = 120.0  # of patience with ranks that give no sign, before the first plan
+SUCCESSOR_S = 5.0  # likewise where an expert rank has worked before: requests may be waiting
 ANSWER_S = 1.0
 
 
 class PlanKeeper:
-    """Of one unit. load: of its experts, to spread them by. kill: ends a process. patience_s: for
-    all that are wanted, before the first plan; load_timeout_s: for a process to prepare."""
+    """Of one unit. load: of its experts, to spread them by. kill: ends a process. load_timeout_s:
+    for a process to prepare."""
 
     def __init__(
         self, crew: Crew, wanted: Wanted, load: ExpertLoad, kill: Callable[[Any], None],
-        patience_s: float, load_timeout_s: float,
+        load_timeout_s: float,
     ) -> None:  # fmt: skip
         self._crew, self.wanted, self._load, self._kill = crew, wanted, load, kill
-        self._patience_s, self._load_timeout_s = patience_s, load_timeout_s
+        self._load_timeout_s, self._succeeds = load_timeout_s, False
         self.plan: UnitPlan | None = None  # in force
         # Expert ranks outlive their leader and follow larger epochs only: count from the clock.
         self._epoch = _clock()
@@ -59,7 +60,7 @@ class PlanKeeper:
         """An expert rank knows plans up to this one (-1: none); those to come are to be newer."""
         self._epoch = max(self._epoch, epoch)
         if epoch >= 0:
-            self._patience_s = min(self._patience_s, SUCCESSOR_S)
+            self._succeeds = True
 
     def rebalance(self) -> None:
         """Spread the experts anew by their load, now."""
@@ -76,12 +77,11 @@ class PlanKeeper:
             self._crew.changed.clear()
             if not self._outdated():
                 continue
-            patient = time.monotonic() - self._began < self._patience_s
             # Also of an attempt that fails: no two plans share a number.
             self._epoch = max(self._epoch + 1, _clock())
             plan = next_plan(
                 self.plan, self._crew.present, self.wanted, self._load.rows,
-                rebalance=self._rebalance, complete=self.plan is None and patient,
+                rebalance=self._rebalance, complete=self.plan is None and self._patient,
                 epoch=self._epoch, broken=self._broken,
             )  # fmt: skip
             if isinstance(plan, str):
@@ -92,6 +92,22 @@ class PlanKeeper:
             if not await self._put_in_force(plan):
                 self._crew.changed.set()
                 await asyncio.sleep(RETRY_S)
+
+    @property
+    def _patient(self) -> bool:
+        """Whether to wait for those who are missing: without them, each would load more experts
+        than it is to have. An attention rank that loads will come, however long it takes; of those
+        who give no sign, one may, as long as others of its kind come."""
+        now, crew = time.monotonic(), self._crew
+        if self._succeeds:
+            return now - self._began < SUCCESSOR_S
+
+        def may_come(role: Role, wanted: int) -> bool:
+            came = [hand.came for hand in crew.hands.values() if hand.member.role == role]
+            return len(came) < wanted and now - max(came, default=self._began) < COMING_S
+
+        attention, experts = self.wanted.attention, self.wanted.needed_experts
+        return bool(crew.loading) or may_come("attention", attention) or may_come("expert", experts)
 
     @property
     def _broken(self) -> bool:

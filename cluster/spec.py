@@ -38,7 +38,6 @@ class UnitSpec:
     """A unit as its leader makes it. bundles: of the placement group, for each attention rank.
 
     spares: expert ranks beyond those wanted that may be attached, to take a dead one's place.
-    start_patience_s: how long the first plan waits for ranks that are not there yet.
     """
 
     role: UnitRole
@@ -46,4 +45,3 @@ class UnitSpec:
     rank: RankSpec
     bundles: tuple[int, ...]
     spares: int = 0
-    start_patience_s: float = 120.0

@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import logging
 import time
+from functools import partial
 from typing import Any
 
 import ray
@@ -72,8 +73,7 @@ class Unit:
             spec.wanted.layers, spec.wanted.num_experts, spec.rank.exchange.load_half_life_s
         )
         self._plans = PlanKeeper(
-            self._company, spec.wanted, self._load, self._kill, spec.start_patience_s,
-            spec.rank.settings.load_timeout_s,
+            self._company, spec.wanted, self._load, self._kill, spec.rank.settings.load_timeout_s
         )  # fmt: skip
         self._tasks = [asyncio.create_task(self._keep(i)) for i in range(spec.wanted.attention)]
         self._tasks += [asyncio.create_task(self._take_pulses())]
@@ -191,22 +191,27 @@ class Unit:
 
     async def _keep(self, index: int) -> None:
         """Run attention rank `index` for ever: start it, wait for its end, start its successor."""
+        failed = False  # the first plan waits for nobody in the place of one that did
         while True:
             name = f"{self._id}-attention{index}-{next(self._numbers)}"
             actor = self._spawn(index, name)
             served = False
             try:
-                started = await start(actor, self._spec.rank.settings.load_timeout_s)
+                limit, note = self._spec.rank.settings.load_timeout_s, self._company.loading.add
+                started = await start(actor, limit, None if failed else partial(note, name))
                 if self._company.admits(started):
                     hand = self._company.join(actor, started)
+                    self._company.loading.discard(name)
                     served = True
                     assert hand.watch is not None
                     await asyncio.wait([hand.watch])
             except (ray.exceptions.RayError, TimeoutError) as error:
                 log.error("rank %s did not start: %s", name, last_line(error))
             finally:
+                self._company.loading.discard(name)
                 self._kill(actor)
             if not served:
+                failed = True
                 await asyncio.sleep(STARTED_LATER_S)
 
     def _spawn(self, index: int, name: str) -> Any:

@@ -22,7 +22,7 @@ from rayseek.cluster.engine import Engine
 from rayseek.cluster.expert_load import ExpertLoad
 from rayseek.cluster.plan import Member, Pulse, Role, Wanted
 from rayseek.cluster.plan_keeper import PlanKeeper
-from rayseek.cluster.rank import Elsewhere, ExpertRank, Started
+from rayseek.cluster.rank import Elsewhere, ExpertRank, Rank, Started
 from rayseek.cluster.request import FinishReason, Request, SamplingParams
 from tests.cluster.company import SETTINGS, Company, dispatcher, unit
 
@@ -301,7 +301,7 @@ async def test_a_leader_that_succeeds_another_waits_less(monkeypatch: pytest.Mon
     monkeypatch.setattr("rayseek.cluster.plan_keeper.SUCCESSOR_S", 0.1)
     monkeypatch.setattr("rayseek.cluster.plan_keeper.LOOK_S", 0.05)
     wanted, crew = Wanted(1, 2, 0, 4, 1, (1,)), Crew("unit")
-    keeper = PlanKeeper(crew, wanted, ExpertLoad((1,), 4, 60), lambda _: None, 1000, 5)
+    keeper = PlanKeeper(crew, wanted, ExpertLoad((1,), 4, 60), lambda _: None, 5)
     roles: tuple[Role, ...] = ("attention", "expert")
     for role in roles:
         started = Started(Member(role, role, "n", ""), None, "", ExchangeSettings())
@@ -315,6 +315,52 @@ async def test_a_leader_that_succeeds_another_waits_less(monkeypatch: pytest.Mon
         while keeper.plan is None:
             await asyncio.sleep(0.01)
     task.cancel()
+
+
+async def test_the_first_plan_waits_for_ranks_that_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long they take; not for those that give no sign, and not for those that failed."""
+    monkeypatch.setattr("rayseek.cluster.plan_keeper.COMING_S", 0.1)
+    monkeypatch.setattr("rayseek.cluster.plan_keeper.LOOK_S", 0.05)
+    wanted, crew = Wanted(3, 0, 0, 4, 1, (1,)), Crew("unit")
+    keeper = PlanKeeper(crew, wanted, ExpertLoad((1,), 4, 60), lambda _: None, 5)
+
+    def come(name: str) -> None:
+        started = Started(Member(name, "attention", "n", ""), None, "", ExchangeSettings())
+        crew.hands[name] = Hand(Obedient(), started)
+
+    crew.loading |= {"b", "c"}
+    come("a")
+    task = asyncio.create_task(keeper.keep())
+    await asyncio.sleep(0.5)
+    assert keeper.plan is None and keeper.problems == ["waiting for 2 more ranks"]
+    crew.loading.remove("b")
+    come("b")
+    await asyncio.sleep(0.3)
+    assert keeper.plan is None
+    crew.loading.remove("c")  # it could not be loaded
+    async with asyncio.timeout(10):
+        while keeper.plan is None:
+            await asyncio.sleep(0.01)
+    assert [m.name for m in keeper.plan.members] == ["a", "b"]
+    task.cancel()
+
+
+async def test_a_rank_that_loads_for_long_is_in_the_first_plan(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayseek.cluster.plan_keeper.COMING_S", 0.0)
+    load = Rank._load
+
+    def slowly(rank: Rank, *arguments: Any) -> Any:
+        if "attention1" in rank.name:
+            time.sleep(2)
+        return load(rank, *arguments)
+
+    monkeypatch.setattr(Rank, "_load", slowly)
+    async with unit(tiny_path, attention=2) as company:
+        plan = company._plans.plan
+        assert plan is not None and len(plan.members) == 2
+        assert not company._company.loading
 
 
 async def test_who_parts_while_it_is_asked_is_left_out() -> None:

@@ -30,7 +30,7 @@ from rayseek.cluster.routes import Hop, make_hops
 from rayseek.cluster.wire_rows import WireRows
 from rayseek.kernels.native import NativeOps
 from rayseek.kernels.ops import SplitOps
-from rayseek.kernels.row_places import NativePlaces, Route, RowPlaces, TorchPlaces
+from rayseek.kernels.row_places import NativePlaces, Room, Route, RowPlaces, TorchPlaces
 from rayseek.model.micro_batches import part_sizes
 
 Mode = Literal["exact", "fixed", "static"]
@@ -81,9 +81,6 @@ class Exchange:
     ) -> None:
         assert (holding is not None) == (group.rank in holders)
         self.group, self.placement, self.ops, self.mode = group, placement, ops, mode
-        self.places: RowPlaces = (
-            NativePlaces(ops.library) if isinstance(ops, NativeOps) else TorchPlaces()
-        )
         self.holding, self.hidden = holding, hidden
         self.wire = WireRows(hidden, top_k, ops.fp8_rows)
         self.product_dtype = torch.bfloat16 if ops.fp8_rows else torch.float32
@@ -96,6 +93,7 @@ class Exchange:
         self._routes = {layer: self._route(layer, home) for layer in placement.slots}
         self._slot_rows = self._no_slot_rows()
         self.rows: list[list[int]] = []  # of each micro-batch, by member
+        self._desks: list[_Desk] = []  # of each micro-batch
         self._next_part = 0
         self.number, self._layer, self._stage, self._since = 0, 0, "", time.monotonic()
         self.seconds: defaultdict[str, float] = defaultdict(float)  # in each stage so far
@@ -106,6 +104,8 @@ class Exchange:
         parts = [part_sizes(n, micro_batches) for n in rows]
         self.rows = [list(part) for part in zip(*parts, strict=True)]
         self._next_part = 0
+        while len(self._desks) < micro_batches:
+            self._desks.append(_Desk.of(self))
         self.number = number
         self.at(0, "")
 
@@ -134,17 +134,17 @@ class Exchange:
         x_TD: as `ops.rms_norm` gives it; expert_TK: int32 logical experts, ascending in each row.
         In the fixed modes not more rows than start_pass announced.
         """
-        rows = self.rows[self._next_part]
+        rows, desk = self.rows[self._next_part], self._desks[self._next_part]
         self._next_part = (self._next_part + 1) % len(self.rows)
         mine = x_TD.shape[0] if self.mode == "exact" else rows[self.group.rank]
         if x_TD.shape[0] > mine:
             raise ValueError(f"layer {layer}: {len(x_TD)} rows where this member announced {mine}")
         self.at(layer, "send")
-        packed, slot_TK, splits = self.places.pack(
+        packed, slot_TK, splits = desk.places.pack(
             self._routes[layer], self.ops.row_words(x_TD), expert_TK,
             None if self.mode == "exact" else mine,
         )  # fmt: skip
-        return Pending(self, layer, rows, packed, splits, slot_TK)
+        return Pending(self, desk, layer, rows, packed, splits, slot_TK)
 
     def _route(self, layer: int, home: Home) -> Route:
         chosen, device = self.placement.choose(layer, home), self.group.device
@@ -183,10 +183,11 @@ class Exchange:
         transfer.wait()
 
     def send(
-        self, layer: int, stage: str, rows: Tensor, splits: list[int], expected: list[int]
-    ) -> tuple[Transfer, Tensor]:
+        self, layer: int, stage: str, rows: Tensor, splits: list[int], expected: list[int],
+        room: Room,
+    ) -> tuple[Transfer, Tensor]:  # fmt: skip
         """Start sending `rows`, split by member; the other tensor will hold what comes."""
-        out = torch.empty(sum(expected), rows.shape[1], dtype=rows.dtype, device=rows.device)
+        out = room.rows(sum(expected))
         row_bytes = rows.shape[1] * rows.element_size()
         self.bytes_sent += (rows.shape[0] - splits[self.group.rank]) * row_bytes
         what = f"pass {self.number}, layer {layer}, {stage}"
@@ -197,15 +198,38 @@ class Exchange:
         return self._slot_rows[layer]
 
 
+class _Desk(NamedTuple):
+    """What the rows of a micro-batch pass in each layer; its memory serves the next layer again.
+
+    arrived: for the rows of each hop; returned: for products.
+    """
+
+    places: RowPlaces
+    arrived: list[Room]
+    returned: Room
+
+    @staticmethod
+    def of(exchange: Exchange) -> _Desk:
+        wire, ops, device = exchange.wire, exchange.ops, exchange.group.device
+        return _Desk(
+            NativePlaces(ops.library, wire.words, wire.top_k)
+            if isinstance(ops, NativeOps)
+            else TorchPlaces(),
+            [Room(wire.width, torch.int32, device) for _ in exchange.hops],
+            Room(wire.hidden, exchange.product_dtype, device),
+        )
+
+
 class Pending:
     """Rows on their way through one layer; `compute`, then `add`, each once."""
 
     def __init__(
-        self, exchange: Exchange, layer: int, rows: list[int], packed: Tensor, splits: list[int],
-        slot_TK: Tensor,
+        self, exchange: Exchange, desk: _Desk, layer: int, rows: list[int], packed: Tensor,
+        splits: list[int], slot_TK: Tensor,
     ) -> None:  # fmt: skip
-        self._exchange, self._layer, self._rows = exchange, layer, rows
-        self._transfer, self._arriving = self._start(exchange.hops[0], packed, splits)
+        self._exchange, self._desk, self._layer, self._rows = exchange, desk, layer, rows
+        hop, room = exchange.hops[0], desk.arrived[0]
+        self._transfer, self._arriving = self._start(hop, room, packed, splits)
         self._index_TK, self._expected = self._places(slot_TK)
         exchange.at(layer, "")
 
@@ -213,14 +237,15 @@ class Pending:
         """Run the experts of this member over all rows that came, and send the products home."""
         exchange, layer = self._exchange, self._layer
         exchange.wait(self._transfer, layer, "dispatch")
-        for hop in exchange.hops[1:]:
-            self._transfer, self._arriving = self._start(hop, *self._routed(hop, self._arriving))
+        for hop, room in zip(exchange.hops[1:], self._desk.arrived[1:], strict=True):
+            packed, splits = self._routed(hop, self._arriving)
+            self._transfer, self._arriving = self._start(hop, room, packed, splits)
             exchange.wait(self._transfer, layer, "dispatch")
         exchange.at(layer, "experts")
         products, splits = self._products(self._arriving)
         exchange.at(layer, "send")
         self._transfer, self._arriving = exchange.send(
-            layer, "return", products, splits, self._expected
+            layer, "return", products, splits, self._expected, self._desk.returned
         )
         exchange.at(layer, "")
 
@@ -239,11 +264,13 @@ class Pending:
         if exchange.mode != "exact":
             return packed.repeat(len(hop.targets), 1), hop.to_all(packed.shape[0])
         slots_RK = exchange.wire.slots(packed)
-        row_N, splits = exchange.places.wanted(slots_RK, hop.member_of_slot, exchange.group.size)
+        row_N, splits = self._desk.places.wanted(slots_RK, hop.member_of_slot, exchange.group.size)
         return packed[row_N], splits
 
-    def _start(self, hop: Hop, packed: Tensor, splits: list[int]) -> tuple[Transfer, Tensor]:
-        """Send rows, grouped by member; and what will come."""
+    def _start(
+        self, hop: Hop, room: Room, packed: Tensor, splits: list[int]
+    ) -> tuple[Transfer, Tensor]:
+        """Send rows, grouped by member; and what will come, in `room`."""
         exchange, members = self._exchange, self._exchange.group.size
         if exchange.mode == "exact":
             counts, ones = torch.tensor(splits, device=packed.device), [1] * members
@@ -255,14 +282,14 @@ class Pending:
             expected = coming.tolist()
         else:
             expected = [sum(self._rows[home] for home in homes) for homes in hop.carried]
-        return exchange.send(self._layer, "dispatch", packed, splits, expected)
+        return exchange.send(self._layer, "dispatch", packed, splits, expected, room)
 
     def _places(self, slot_TK: Tensor) -> tuple[Tensor, list[int]]:
         """Where the product of each (row, expert) will be, and how many come from each member."""
         exchange, members = self._exchange, self._exchange.group.size
         lookup = exchange.holder_of_slot.member_of_slot
         if exchange.mode != "static":
-            return exchange.places.places(slot_TK, lookup, members)
+            return self._desk.places.places(slot_TK, lookup, members)
         each = self._rows[exchange.group.rank] * exchange.wire.top_k
         expected = [each if m in exchange.holder_of_slot.targets else 0 for m in range(members)]
         before_M = torch.tensor([0, *expected], device=lookup.device).cumsum(0)
@@ -287,7 +314,7 @@ class Pending:
             seen_S.scatter_add_(0, slot_N.long().clamp(min=0), ours_RK.flatten().long())
             splits = [n * wire.top_k for n in self._rows]
         else:
-            row_N, slot_N, splits = exchange.places.picked(
+            row_N, slot_N, splits = self._desk.places.picked(
                 packed, wire.top_k, first, seen_S, members
             )
         return holding.compute(self._layer, wire.values(packed), row_N, slot_N), splits

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from rayseek.kernels.native_build import LONG, POINTER
 
+FEW = 512  # rows that are worth keeping memory for
+
 
 @dataclass(frozen=True)
 class Route:
@@ -50,8 +52,37 @@ class _NativeRoute(ctypes.Structure):
     )  # fmt: skip
 
 
+class Room:
+    """Rows of memory for one purpose. A few are used again by whoever asks next: making a tensor
+    and a view in each layer takes longer than filling it. width None: of single values."""
+
+    def __init__(
+        self,
+        width: int | None,
+        dtype: torch.dtype = torch.int32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._all = torch.empty(0, *([] if width is None else [width]), dtype=dtype, device=device)
+        self._first: dict[int, Tensor] = {}
+
+    def rows(self, count: int) -> Tensor:
+        """So many, with whatever is in them."""
+        if count > FEW:
+            return self._all.new_empty(count, *self._all.shape[1:])
+        if count not in self._first:
+            if count > len(self._all):
+                self._all, self._first = self._all.new_empty(count, *self._all.shape[1:]), {}
+            self._first[count] = self._all[:count]
+        return self._first[count]
+
+    def cut(self, rows: Tensor, count: int) -> Tensor:
+        """The first of the rows that the last call gave."""
+        return rows[:count] if len(rows) > FEW else self.rows(count)
+
+
 class RowPlaces(Protocol):
-    """One implementation; counts are by member, on the host."""
+    """One implementation; counts are by member, on the host. What a call gives is valid until the
+    next one, for rows of another layer."""
 
     def places(self, slot_TK: Tensor, member_S: Tensor, members: int) -> tuple[Tensor, list[int]]:
         """Where each slot's product is once grouped by member, in order: int32 [T, K]."""
@@ -120,15 +151,17 @@ class TorchPlaces:
 
 
 class NativePlaces:
-    """On the CPU, by the library of `NativeOps`. Slots are int32 and contiguous within a row; experts
-    and packed rows are contiguous."""
+    """On the CPU, by the library of `NativeOps`. Slots are int32 and contiguous within a row;
+    experts and packed rows are contiguous. words: of a row; top_k: its slots."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, words: int, top_k: int) -> None:
         self._library = library
+        self._packed, self._slot, self._place = Room(words + top_k + 1), Room(top_k), Room(top_k)
+        self._row, self._local = Room(None), Room(None)
 
     def places(self, slot_TK: Tensor, member_S: Tensor, members: int) -> tuple[Tensor, list[int]]:
         slot_TK = slot_TK.contiguous()
-        place_TK, counts = torch.empty_like(slot_TK), (ctypes.c_int64 * members)()
+        place_TK, counts = self._place.rows(slot_TK.shape[0]), (ctypes.c_int64 * members)()
         self._library.rs_row_places(
             slot_TK.data_ptr(), slot_TK.numel(), member_S.data_ptr(), member_S.shape[0], members,
             place_TK.data_ptr(), counts,
@@ -148,24 +181,24 @@ class NativePlaces:
         self, route: Route, words_TW: Tensor, expert_TK: Tensor, every: int | None
     ) -> tuple[Tensor, Tensor, list[int]]:
         (tokens, width), top_k, members = words_TW.shape, expert_TK.shape[1], route.members
-        most = tokens * min(top_k, members) if every is None else every * members
-        packed = torch.empty(most, width + top_k + 1, dtype=torch.int32)
-        slot_TK, sent = torch.empty_like(expert_TK), (ctypes.c_int64 * members)()
+        most = tokens * min(top_k, members) if every is None else every * len(route.receivers)
+        packed, slot_TK = self._packed.rows(most), self._slot.rows(tokens)
+        sent = (ctypes.c_int64 * members)()
         found = self._library.rs_pack_rows(
             ctypes.byref(route.native), words_TW.data_ptr(), words_TW.stride(0), tokens, width,
             expert_TK.data_ptr(), top_k, -1 if every is None else every, slot_TK.data_ptr(),
             packed.data_ptr(), sent,
         )  # fmt: skip
-        return packed[:found], slot_TK, list(sent)
+        return self._packed.cut(packed, found), slot_TK, list(sent)
 
     def picked(
         self, packed_RW: Tensor, top_k: int, first: int, seen_S: Tensor, members: int
     ) -> tuple[Tensor, Tensor, list[int]]:
         rows, width = packed_RW.shape
-        row_N = torch.empty(rows * top_k, dtype=torch.int32)
-        local_N, counts = torch.empty_like(row_N), (ctypes.c_int64 * members)()
+        row_N, local_N = self._row.rows(rows * top_k), self._local.rows(rows * top_k)
+        counts = (ctypes.c_int64 * members)()
         found = self._library.rs_picked_slots(
             packed_RW.data_ptr(), width, rows, top_k, first, seen_S.shape[0], members,
             row_N.data_ptr(), local_N.data_ptr(), counts, seen_S.data_ptr(),
         )  # fmt: skip
-        return row_N[:found], local_N[:found], list(counts)
+        return self._row.cut(row_N, found), self._local.cut(local_N, found), list(counts)

@@ -12,9 +12,9 @@ from rayseek.kernels.native_build import NativeUnavailableError
 from rayseek.kernels.row_places import NativePlaces, Route, RowPlaces, TorchPlaces
 
 
-def native() -> RowPlaces:
+def native(words: int, top_k: int) -> RowPlaces:
     try:
-        return NativePlaces(NativeOps().library)
+        return NativePlaces(NativeOps().library, words, top_k)
     except NativeUnavailableError as error:
         pytest.skip(str(error))
 
@@ -43,7 +43,7 @@ def test_rows_go_where_their_slots_are(
     route = Route(table_ER, count_E, member_S, members, 3)
     real = slot_RK.clamp(min=0) * 0 + torch.randint(0, slots, slot_RK.shape, generator=make).int()
     everyone = member_S.clamp(max=members - 1)
-    for each in (native(), TorchPlaces()):
+    for each in (native(3, top_k), TorchPlaces()):
         found = each.wanted(slot_RK, member_S, members)
         expected = [
             [r for r in range(rows) if m in member_S[slot_RK[r].long()].tolist()]

@@ -244,7 +244,10 @@ def _add_keys(keys: argparse.ArgumentParser) -> None:
     add.add_argument("name", help="who it is for")
     add.add_argument("--requests-per-minute", type=_COUNT, metavar="N")
     add.add_argument("--tokens-per-minute", type=_COUNT, metavar="N", help="prompts and answers")
-    add.add_argument("--concurrent", type=_COUNT, metavar="N", help="requests at one time")
+    add.add_argument(
+        "--concurrent", type=_COUNT, metavar="N",
+        help="requests at one time, at least one for each ingress replica",
+    )  # fmt: skip
     add.add_argument("--models", nargs="+", metavar="NAME", help="only these")
     actions.add_parser("list", parents=[file], help="names and limits")
     revoke = actions.add_parser("revoke", parents=[file], help="make a key invalid")

@@ -15,6 +15,8 @@ from rayseek.cluster.config import Config, load_config
 from rayseek.cluster.fit import GIB, RankMemory, bearable_deaths, problems, rank_memories
 from rayseek.cluster.layout import Deployment, Layout, layout
 from rayseek.model.config import ModelConfig
+from rayseek.serve_app.keys import read_keys, undivided
+from rayseek.serve_app.start import key_file
 
 WIDTH = 100
 
@@ -27,6 +29,10 @@ def check(arguments: argparse.Namespace) -> bool:
     found = problems(config, model)
     for problem in found:
         print(f"- {problem}")
+    file = key_file(config)
+    if file is not None and file.exists():
+        for loose in undivided(read_keys(file), config.ingress.replicas):
+            print(f"Note: {loose}.")
     if not found:
         print(f"{arguments.config} fits.")
     return not found

@@ -79,6 +79,16 @@ def read_keys(file: Path) -> tuple[Key, ...]:
         raise ValueError(f"{file}: {error}") from None
 
 
+def undivided(keys: Iterable[Key], replicas: int) -> list[str]:
+    """Sentences about limits that cannot be divided among so many ingress replicas."""
+    return [
+        f"key {key.name}: {replicas} ingress replicas let one request each run at a time, "
+        f"{replicas} together, not {key.concurrent}"
+        for key in keys
+        if key.concurrent is not None and key.concurrent < replicas
+    ]
+
+
 def write_keys(file: Path, keys: Iterable[Key]) -> None:
     """Replace `file`, whole or not at all, readable by its owner only."""
     entries = [key.model_dump(exclude_none=True, mode="json") for key in keys]

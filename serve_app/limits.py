@@ -6,7 +6,9 @@ as they are computed, and a request is let in while the bucket is not in debt: n
 how long an answer will be, and what was used too much is waited for before the next request.
 
 Each ingress replica counts for itself, and gets an equal part of every limit (`replicas`):
-together they never allow more than the limit, and less when the proxy spreads a key unevenly.
+together they allow no more than the limit, and less when the proxy spreads a key unevenly. What
+cannot be divided so is at least one: each replica lets one request run at a time, and a bucket that
+fills by less than one in a minute holds one, so that a minute in which all do sees one of each.
 """
 
 from __future__ import annotations
@@ -29,10 +31,15 @@ class Bucket:
     at: float
 
 
+def full(per_minute: float) -> float:
+    """The most that a bucket holds: a minute's worth, and at least what one request needs."""
+    return max(1.0, per_minute)
+
+
 def level(bucket: Bucket, per_minute: float, now: float) -> float:
-    """What the bucket holds at `now`: it refills evenly, up to a minute's worth, never back."""
+    """What the bucket holds at `now`: it refills evenly until it is full, never back."""
     passed = max(0.0, now - bucket.at)
-    return min(per_minute, bucket.level + passed * per_minute / 60)
+    return min(full(per_minute), bucket.level + passed * per_minute / 60)
 
 
 def take(bucket: Bucket, per_minute: float, cost: float, now: float) -> Bucket:
@@ -42,7 +49,7 @@ def take(bucket: Bucket, per_minute: float, cost: float, now: float) -> Bucket:
 
 def wait_for(bucket: Bucket, per_minute: float, amount: float, now: float) -> float:
     """Seconds until the bucket holds `amount`; inf for more than it ever holds."""
-    if amount > per_minute:
+    if amount > full(per_minute):
         return math.inf
     seconds = (amount - level(bucket, per_minute, now)) * 60 / per_minute
     return seconds if seconds > 0.001 else 0.0  # who has waited exactly may lack a rounding error
@@ -59,7 +66,7 @@ class _Allowance:
         """A new rate; what is spent stays spent."""
         if self.rate is not None and self._bucket is not None:
             self._bucket = take(self._bucket, self.rate, 0, now)
-        self.rate = None if limit is None else max(1.0, limit * part)
+        self.rate = None if limit is None else limit * part
 
     def wait(self, now: float) -> float:
         """Seconds until there is a whole unit to spend."""
@@ -69,7 +76,8 @@ class _Allowance:
 
     def pay(self, cost: float, now: float) -> None:
         if self.rate is not None:
-            self._bucket = take(self._bucket or Bucket(self.rate, now), self.rate, cost, now)
+            bucket = self._bucket or Bucket(full(self.rate), now)
+            self._bucket = take(bucket, self.rate, cost, now)
 
 
 class _Account:
@@ -81,7 +89,7 @@ class _Account:
         self.set_limits(key, part, now)
 
     def set_limits(self, key: Key, part: float, now: float) -> None:
-        """`part` of each limit is this replica's, and at least one."""
+        """`part` of each limit is this replica's."""
         self.key = key
         self.requests.set_rate(key.requests_per_minute, part, now)
         self.tokens.set_rate(key.tokens_per_minute, part, now)

@@ -10,6 +10,7 @@ import yaml
 
 from rayseek.cluster.config import Config, load_config, shipped_configs
 from rayseek.serve_app.cli import main
+from rayseek.serve_app.keys import add_key
 
 # What Ray's own classes cause when they are imported, which is why the tests do it inside.
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
@@ -32,6 +33,18 @@ def test_shipped_configs_pass(name: str, capsys: pytest.CaptureFixture[str]) -> 
     spec = known.get(name.split("-", maxsplit=1)[0], ["--spec", "671b"])
     main(["config", "check", name, *spec])
     assert f"{name} fits." in capsys.readouterr().out
+
+
+def test_check_tells_of_limits_that_cannot_be_divided(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_key(tmp_path / "keys.yaml", "few", concurrent=2)
+    add_key(tmp_path / "keys.yaml", "many", concurrent=3)
+    file = tmp_path / "c.yaml"
+    file.write_text(f"ingress: {{replicas: 3}}\napi: {{key_file: {tmp_path / 'keys.yaml'}}}")
+    main(["config", "check", str(file), "--spec", "small"])
+    shown = capsys.readouterr().out
+    assert "key few: 3 ingress replicas" in shown and "key many" not in shown
 
 
 def test_check_fails_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

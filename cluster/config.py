@@ -148,6 +148,7 @@ class ApiSettings(Section):
     # first tokens for the other, and less throughput for the one.
     crowd: float = Field(default=0.25, gt=0, le=1)
     max_waiting: int = Field(default=1024, ge=1)  # sequences of one key that may queue; then 503
+    shared_cache: bool = False  # keys share computed prompts, and can tell what others' begin with
     body_limit_mib: float = Field(default=8, gt=0)
     keep_alive_s: float = Field(default=10, gt=0)  # a comment line in streams that wait
     ready_window_s: float = Field(default=30, gt=0)  # /ready: a token within this, or a probe

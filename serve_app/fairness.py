@@ -137,12 +137,14 @@ class FairEngine:
         several_keys: Callable[[], bool],
         crowd: float = 1.0,
         observer: Observer | None = None,
+        shared_cache: bool = False,
     ) -> None:
-        """`slots`: sequences the engine may have at once; `max_waiting`: of one key, at most."""
+        """`slots`: sequences the engine may have at once; `max_waiting`: of one key, at most.
+        Not `shared_cache`: no key is served what was computed for another's prompt."""
         self._engine, self._several_keys = engine, several_keys
         self._queue = FairQueue(slots, crowd)
         self._observer = observer or Observer()
-        self._max_waiting = max_waiting
+        self._max_waiting, self._shared_cache = max_waiting, shared_cache
         self._doors: dict[Ticket, asyncio.Future[None]] = {}
         self._service_s: dict[str, float] = {}  # mean time that a key's request is at the engine
 
@@ -185,8 +187,10 @@ class FairEngine:
             lease.begun += 1
             began = time.monotonic()
             seen.begins(lease.paid_prompt(request))
+            salt = request.cache_salt if self._shared_cache else ticket.key + request.cache_salt
+            free = partial(self._free, ticket)
             # A key's priorities are among its own: in the engine they would pass other keys' by.
-            ours = replace(request, priority=0, on_end=partial(self._free, ticket))
+            ours = replace(request, priority=0, cache_salt=salt, on_end=free)
             deltas = self._engine.generate(ours)
             try:
                 async for delta in deltas:

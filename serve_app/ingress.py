@@ -98,6 +98,7 @@ def api_settings(
         in_flight=-(-running // config.ingress.replicas),
         max_waiting=api.max_waiting,
         crowd=api.crowd,
+        shared_cache=api.shared_cache,
         temperature_mapping=api.temperature_mapping,
         max_output_tokens=api.max_output_tokens,
         default_output_tokens=api.default_output_tokens,

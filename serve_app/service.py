@@ -41,6 +41,7 @@ class Service:
             several_keys=lambda: len(self.keys) > 1,
             crowd=settings.crowd,
             observer=self.observer,
+            shared_cache=settings.shared_cache,
         )
 
     @property

@@ -24,6 +24,7 @@ class ApiSettings:
     in_flight: int = 64  # sequences this replica gives to the engine at once
     crowd: float = 0.25  # of `in_flight`: what a key may hold while another has modest needs
     max_waiting: int = 1024  # sequences of one key that may wait here; one more is refused
+    shared_cache: bool = False  # keys share computed prompts
     aliases: tuple[str, ...] = ()  # further names, such as "deepseek-chat"
     max_output_tokens: int = 8192  # the most a caller may ask for
     default_output_tokens: int = 4096  # when the caller does not say; less if the context is short

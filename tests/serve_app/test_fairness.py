@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 from collections import Counter
@@ -219,6 +220,23 @@ async def test_priorities_are_among_a_keys_own_and_end_here() -> None:
     await asyncio.gather(*tasks)
     assert engine.order == ["one0", "other", f"one{-(2**31)}", "one3"]
     assert [request.priority for request in engine.requests] == [0] * 4
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_cached_prompts_are_a_keys_own_unless_shared(shared: bool) -> None:
+    engine = Manual()
+    fair = FairEngine(engine, 99, 1000, several_keys=lambda: False, shared_cache=shared)
+    leases = {name: lease_of(name) for name in "ab"}
+    asked = list(itertools.product(leases, ("", "salt"), (1, 2)))
+    tasks = [ask(fair, f"{who}{n}", leases[who], cache_salt=salt) for who, salt, n in asked]
+    await settle()
+    salts = [request.cache_salt for request in engine.requests]
+    groups = {(None if shared else who, salt) for who, salt, _ in asked}
+    assert len(set(salts)) == len(groups) == (2 if shared else 4)
+    assert salts[::2] == salts[1::2]  # of the same key and salt
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_cancelled_at_every_moment_no_place_is_lost() -> None:

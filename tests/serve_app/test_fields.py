@@ -28,7 +28,7 @@ def ask(api: Any, small: Tokenizer, settings: ApiSettings) -> Any:
         path: str, body: dict[str, Any], **changed: Any
     ) -> tuple[int, Any, list[Request]]:
         engine = api.saying(small, "abcdef")
-        app = api.build_app(replace(settings, **changed), small, engine)
+        app = api.build_app(replace(settings, shared_cache=True, **changed), small, engine)
         async with api.client_of(app) as client:
             reply = await client.post(path, content=json.dumps(body))
         return reply.status_code, reply.json(), engine.requests

@@ -35,8 +35,10 @@ class UnitStats:
     """What a unit's leader reports (UnitReport.to_scale_by).
 
     prompt_tokens_per_s: that its ranks compute while they compute prompts; busy: part of the time
-    that they compute; step_s: of its slowest rank; kv_used: part of its pages. expert_busy: part
-    of the time that its dedicated expert ranks compute, on average.
+    that they compute; step_s: of its slowest rank; kv_used: part of its pages. waiting: in its
+    engines, without those that are parked until others have computed their prompts; outside: its
+    share of what the ingresses hold back, which give it no more than it has places. expert_busy:
+    part of the time that its dedicated expert ranks compute, on average.
     """
 
     prompt_tokens_queued: float = 0.0
@@ -44,6 +46,9 @@ class UnitStats:
     busy: float = 0.0
     running: float = 0.0
     waiting: float = 0.0
+    parked: float = 0.0
+    outside: float = 0.0
+    places: float = 0.0
     kv_used: float = 0.0
     step_s: float = 0.0
     experts: float = 0.0
@@ -64,15 +69,20 @@ def prefill_demand(units: Sequence[UnitStats], aims: AutoscalingSettings) -> flo
 def decode_demand(units: Sequence[UnitStats], aims: AutoscalingSettings) -> float:
     """Units whose pages are `kv_used` full, whose steps take `inter_token_s`, where few wait.
 
+    Those that wait outside need places only as far as the places are not taken by sequences that
+    wait for prefill units: the same part of them would only wait for those as well.
+
     A step is taken to shrink as its batch does: too much to hope for when steps are mostly fixed
     cost, so an aim that a lone sequence misses leads to as many units as are allowed.
     """
     pages = sum(u.kv_used for u in units) / aims.kv_used
     steps = sum(u.step_s for u in units if u.running) / aims.inter_token_s
     running, waiting = sum(u.running for u in units), sum(u.waiting for u in units)
-    crowded = waiting > CROWD * running > 0
-    crowd = len(units) * (running + waiting) / running if crowded else 0.0
-    return max(pages, steps, crowd)
+    parked, outside = sum(u.parked for u in units), sum(u.outside for u in units)
+    crowded = waiting > CROWD * running > 0  # though ingresses give no more than there are places
+    room = running if crowded else sum(u.places for u in units)
+    wanted = running + waiting + outside * running / max(1.0, running + parked)
+    return max(pages, steps, len(units) * wanted / room if room else 0.0)
 
 
 def expert_demand(units: Sequence[UnitStats], aims: AutoscalingSettings) -> float:

@@ -51,6 +51,8 @@ class FleetUnit:
             busy=self.busy,
             running=float(sim.running),
             waiting=float(sim.queued.sum()),
+            parked=float(self.parked.sum()),
+            places=float(len(self.parked) * sim.limits.max_batch),
             kv_used=float(sim.used.mean()) / sim.pages,
             step_s=spent / steps if steps else 0.0,
         )

@@ -2,8 +2,9 @@
 
 What decides is the real thing: the dispatcher's choice, the scheduler's plans, the autoscaling
 policy; a cost model says how long steps take. Not simulated: HTTP, fairness between keys, refusals
-(here a queue may grow without end), hits in a cache that fills (the part is given), a transfer's
-bytes (it takes HAND_OVER_S), deaths of single ranks, and placement: experts are in balance.
+(here an ingress's queue may grow without end), hits in a cache that fills (the part is given), a
+transfer's bytes (it takes HAND_OVER_S), deaths of single ranks, and placement: experts are in
+balance.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import heapq
 import math
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -104,6 +106,9 @@ class Simulation:
         self._policy = Policy(**settings["policy_kwargs"]) if settings else None
         self._flights: dict[int, _Flight] = {}
         self._homeless: list[_Flight] = []
+        self._lines: list[deque[_Flight]] = [deque() for _ in range(self._ingresses)]
+        self._inside = [0] * self._ingresses  # requests of each that have left its line
+        self._slots = 0  # of each
         self._coming: Iterator[Arrival] = iter(())
         self._until = 0.0
         self._out = Outcome(targets, dict.fromkeys(self._fleets, 0.0))
@@ -154,8 +159,25 @@ class Simulation:
         number = self._out.requests
         flight = _Flight(number, arrival, self._random.randrange(self._ingresses))
         self._flights[number] = flight
-        self._dispatch(flight, arrival.prompt, arrival.output)
+        self._lines[flight.ingress].append(flight)
+        self._admit(flight.ingress)
         self._next_arrival()
+
+    def _admit(self, ingress: int) -> None:
+        """As FairQueue does where all have one key."""
+        line = self._lines[ingress]
+        while line and self._inside[ingress] < self._slots:
+            self._inside[ingress] += 1
+            flight = line.popleft()
+            self._dispatch(flight, flight.arrival.prompt, flight.arrival.output)
+
+    def _count_places(self) -> None:
+        """Units came or went: as Ingress does when it looks for ranks."""
+        fleet, batch = self._fleets["decode"], self._config.engine_of("decode").max_batch
+        places = batch * fleet.ranks * sum(unit.serves for unit in fleet.units)
+        self._slots = -(-places // self._ingresses) or self._slots
+        for ingress in range(self._ingresses):
+            self._admit(ingress)
 
     def _dispatch(self, flight: _Flight, known: int, left: int) -> None:
         """As Dispatcher does, and PageFetcher at the rank that it chooses."""
@@ -218,6 +240,8 @@ class Simulation:
         unit.aboard.discard(flight.number)
         self._fleets["decode"].count(flight.ingress, unit, flight.rank, -1)
         del self._flights[flight.number]
+        self._inside[flight.ingress] -= 1
+        self._admit(flight.ingress)
         self._out.ended(flight.arrival, flight.first, self._now)
 
     # ---- steps ----
@@ -275,6 +299,7 @@ class Simulation:
             for flight in homeless:
                 assert flight.job is not None
                 self._dispatch(flight, flight.job.known, flight.job.left)
+            self._count_places()
 
     def _die(self, who: tuple[Role, FleetUnit]) -> None:
         """Its requests go on elsewhere; prompts are computed where they are continued."""
@@ -311,6 +336,7 @@ class Simulation:
     def _remove(self, role: Role, unit: FleetUnit) -> None:
         self._fleets[role].remove(unit)
         self._out.gone(role, unit, min(self._now, self._until))
+        self._count_places()
 
     def _look(self, _: None) -> None:
         """The policy's turn."""
@@ -319,7 +345,9 @@ class Simulation:
             have = {}
             for role, fleet in self._fleets.items():
                 name = UNIT_NAMES[role]
-                stats[name] = [u.stats(LOOK_S) for u in fleet.units if u.serves]
+                there = [u for u in fleet.units if u.serves]
+                outside = sum(map(len, self._lines)) / max(1, len(there))
+                stats[name] = [replace(u.stats(LOOK_S), outside=outside) for u in there]
                 have[name] = self._aims[role]
             moment = self._on.begins + timedelta(seconds=self._now)
             wanted = self._policy.decide(self._now, moment, stats, have)
@@ -337,6 +365,7 @@ class Simulation:
             staying.remove(unit)
             unit.leaves = True
             self._fleets[role].open(unit, False)
+            self._count_places()
             if not unit.aboard and not unit.stepping:
                 self._remove(role, unit)
 

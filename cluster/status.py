@@ -20,7 +20,8 @@ ANSWER_S = 1.0  # a leader has nothing else to do; its ranks go on without it me
 
 @dataclass(frozen=True, slots=True)
 class UnitStatus:
-    """For ingresses, the Experts replicas and people. experts_missing: it would take so many."""
+    """For ingresses, the Experts replicas and people. experts_missing: it would take so many.
+    places: sequences that the ranks which serve run at once."""
 
     unit: str
     role: UnitRole
@@ -30,6 +31,7 @@ class UnitStatus:
     expert_ranks: tuple[str, ...]
     experts_missing: int
     deaths: int
+    places: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +53,9 @@ class Roll:
         self.units = units
         self._known: dict[str, UnitStatus] = {}
 
-    async def statuses(self) -> list[UnitStatus]:
-        """Of every unit: as it says now, or said last."""
-        heard = await ask(self.units, "status")
+    async def statuses(self, *told: Any) -> list[UnitStatus]:
+        """Of every unit: as it says now, or said last. told: what Unit.status is to know."""
+        heard = await ask(self.units, "status", *told)
         said = [answer for answer in heard.answers if isinstance(answer, UnitStatus)]
         self._known = remembered(self._known, said, heard.silent)
         return list(self._known.values())

@@ -64,7 +64,9 @@ class Unit:
         self._spec = spec
         self._id = name or f"{spec.role}-{ray.get_runtime_context().get_actor_id()[:8]}"
         start_logging(self._id)
-        self._report = UnitReport(self._id, spec.role, spec.wanted, meter or RayMeter(UNIT))
+        self._report = UnitReport(
+            self._id, spec.role, spec.wanted, meter or RayMeter(UNIT), spec.rank.settings.max_batch
+        )
         self._lone = _all_on_one(spec.wanted) if spec.rank.alone else None
         self._numbers = itertools.count()
         self._company = Crew(self._id, spec.rank.exchange, spec.rank.alone)
@@ -82,8 +84,13 @@ class Unit:
 
     # ---- asked by others ----
 
-    async def status(self) -> UnitStatus:
-        """Who serves here right now, and what is missing."""
+    async def status(self, ingress: str = "", waiting: float = 0.0) -> UnitStatus:
+        """Who serves here right now, and what is missing.
+
+        waiting: this unit's share of the sequences that wait at the ingress of this name.
+        """
+        if ingress:
+            self._report.hear_of_queue(ingress, waiting, time.monotonic())
         company, plan, wanted = self._company, self._plans.plan, self._plans.wanted
         experts = [m.name for m in company.present if m.role == "expert"]
         room = wanted.experts + self._spec.spares - len(experts)
@@ -96,6 +103,7 @@ class Unit:
             expert_ranks=tuple(experts),
             experts_missing=room if wanted.experts else 0,
             deaths=company.deaths,
+            places=len(company.serving) * self._spec.rank.settings.max_batch,
         )
 
     async def view(self) -> UnitView:

@@ -18,6 +18,7 @@ from rayseek.cluster.spec import UnitRole
 from rayseek.cluster.step_clock import IDLE
 
 MEMORY = 0.2  # weight of the newest second in a measured rate
+QUEUE_S = 10.0  # what an ingress said of its queue counts for so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +93,22 @@ class _Rates:
 class UnitReport:
     """`take` a round of pulses, then `publish`; `view` and `to_scale_by` answer whoever asks."""
 
-    def __init__(self, unit: str, role: UnitRole, wanted: Wanted, meter: Meter) -> None:
+    def __init__(
+        self, unit: str, role: UnitRole, wanted: Wanted, meter: Meter, places: int = 0
+    ) -> None:
+        """places: of each attention rank, for sequences."""
+        self._places = places
         self._unit, self._role, self._wanted, self._meter = unit, role, wanted, meter
         self._totals = Totals(meter)
         self._rates: dict[str, _Rates] = {}
         self._labels = {"unit": unit, "role": role}
+        self._queues: dict[str, tuple[float, float]] = {}  # by ingress: when heard, and how many
 
     def take(self, now: float, pulses: Mapping[str, Pulse | None], plan: UnitPlan | None) -> None:
         """now: monotonic seconds. Who did not answer is shown as it was."""
         self._rates = {name: rates for name, rates in self._rates.items() if name in pulses}
         self._totals.forget({**self._rates, "": None})
+        self._queues = {n: q for n, q in self._queues.items() if now - q[0] < QUEUE_S}
         places = places_of(plan, pulses)
         for name, pulse in pulses.items():
             if pulse is None or pulse.where == ITS_END:
@@ -114,6 +121,10 @@ class UnitReport:
             if f"attention{index}" not in places.values():  # until its successor is there
                 for gauge in ("kv_pages_used", "batch_sequences", "rank_requests_waiting"):
                     self._meter.set(gauge, 0, **self._labels, rank=f"attention{index}")
+
+    def hear_of_queue(self, ingress: str, waiting: float, now: float) -> None:
+        """An ingress holds back so many sequences that this unit would have."""
+        self._queues[ingress] = now, waiting
 
     @property
     def requests(self) -> int:
@@ -197,6 +208,9 @@ class UnitReport:
             "busy": sum(r.busy for r, _ in engines) / len(engines) if engines else 0.0,
             "running": float(sum(x.running for _, x in engines)),
             "waiting": float(sum(x.waiting - x.parked for _, x in engines)),
+            "parked": float(sum(x.parked for _, x in engines)),
+            "outside": float(sum(waiting for _, waiting in self._queues.values())),
+            "places": float(len(engines) * self._places),
             "kv_used": sum(pages) / len(pages) if pages else 0.0,
             "step_s": max((r.step_s for r, x in engines if x.running), default=0.0),
             "experts": float(len(experts)),

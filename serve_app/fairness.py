@@ -61,11 +61,15 @@ class FairQueue:
 
     def __init__(self, slots: int, crowd: float = 1.0) -> None:
         """Not more than `slots` are at the engine at once."""
-        self.slots, self._crowd = slots, max(1, int(slots * crowd))
+        self._share = crowd
+        self.resize(slots)
         self._now = 0.0  # virtual time: the clock of the key that was served last
         self._flows: dict[str, _Flow] = {}
         self._arrivals = 0
         self._running = 0
+
+    def resize(self, slots: int) -> None:
+        self.slots, self._crowd = slots, max(1, int(slots * self._share))
 
     @property
     def in_all(self) -> int:
@@ -157,6 +161,12 @@ class FairEngine:
         """Sequences at the engine, and waiting for it."""
         running = self._queue.in_all
         return running, len(self._doors) - running
+
+    def resize(self, slots: int) -> None:
+        """The engine may have so many from now on."""
+        if slots != self._queue.slots:
+            self._queue.resize(slots)
+            self._admit()
 
     def of(self, lease: Lease) -> Engine:
         """The engine as the holder of `lease` sees it."""

@@ -10,6 +10,7 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from rayseek.cluster.config import Config
 from rayseek.cluster.dispatch import Dispatcher, RankAddress
@@ -46,13 +47,19 @@ class Ingress(GrpcDoor):
         self._units, self._rolls = units, [Roll(of_role) for of_role in units]
         self._tokenizer = Tokenizer.from_pretrained(Path(model_path))
         self._statuses: list[UnitStatus] = []
+        self._name = uuid4().hex
         self._observer = Observer(RayMeter(INGRESS))
 
     async def _discover(self) -> list[RankAddress]:
-        """Every attention rank of every unit that serves now."""
-        found = await asyncio.gather(*(roll.statuses() for roll in self._rolls))
+        """Every attention rank of every unit that serves now. Leaders hear what waits here."""
+        running, waiting = self._service.load
+        share = waiting / max(1, sum(s.role == "decode" for s in self._statuses))
+        found = await asyncio.gather(*(roll.statuses(self._name, share) for roll in self._rolls))
         self._statuses = [status for of_role in found for status in of_role]
-        self._observer.state(*self._service.load, self._engine.moved)
+        self._observer.state(running, waiting, self._engine.moved)
+        places = sum(s.places for s in self._statuses if s.role == "decode")
+        if places:
+            self._service.resize(-(-places // self._settings.ingress_replicas))
         return [
             replace(rank, prefills=status.role == "prefill")
             for status in self._statuses

@@ -49,6 +49,10 @@ class Service:
         """Sequences at the engine, and waiting for it."""
         return self._fair.load
 
+    def resize(self, slots: int) -> None:
+        """So many sequences may be at the engine from now on."""
+        self._fair.resize(slots)
+
     def check_model(self, key: Key, name: str) -> None:
         """Raises ApiError: 404 for a model that is not served, 403 for one not for this key."""
         if name not in self.settings.models:

@@ -21,7 +21,7 @@ class ApiSettings:
     api_keys: tuple[str, ...]  # may be empty if there is a key file
     key_file: Path | None = None  # of hashed keys with limits, see keys.py
     ingress_replicas: int = 1  # each gets an equal part of every key's limits
-    in_flight: int = 64  # sequences this replica gives to the engine at once
+    in_flight: int = 64  # sequences this replica gives to the engine at once, until units tell
     crowd: float = 0.25  # of `in_flight`: what a key may hold while another has modest needs
     max_waiting: int = 1024  # sequences of one key that may wait here; one more is refused
     shared_cache: bool = False  # keys share computed prompts

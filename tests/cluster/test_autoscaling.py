@@ -182,6 +182,13 @@ def test_demands() -> None:
     assert decode_demand([replace(unit, waiting=8, kv_used=0)] * 2, AIMS) == pytest.approx(4)
     busy = replace(unit, waiting=0.5, kv_used=0, step_s=0)
     assert decode_demand([busy] * 2, AIMS) == 0, "one that waits for the next step is no crowd"
+    full = replace(unit, kv_used=0.1, step_s=0, running=100, places=100)
+    assert decode_demand([full] * 2, AIMS) == pytest.approx(2), "all have a place"
+    assert decode_demand([replace(full, outside=50)] * 2, AIMS) == pytest.approx(3)
+    held = replace(full, running=20, parked=80, outside=50)
+    assert decode_demand([held] * 2, AIMS) < 1, "it is prefill units that are missing"
+    crowded = replace(full, running=50, waiting=50, outside=50)
+    assert decode_demand([crowded] * 2, AIMS) == pytest.approx(6), "places without room for all"
     assert decode_demand([UnitStats()], AIMS) == 0
     experts = UnitStats(experts=4, expert_busy=0.6)
     assert expert_demand([experts], AIMS) == pytest.approx(4)

@@ -194,6 +194,19 @@ def test_policies_beat_a_fixed_fleet_of_their_mean_size() -> None:
     assert min(sizes) == 1 and max(sizes) > mean
 
 
+def test_what_waits_at_ingresses_brings_units() -> None:
+    """Pages and steps are far from their limits; what is missing is places, and a rank never gets
+    more sequences than it has, so its own queue tells nobody."""
+    engine = NODE.engine.model_copy(update={"max_batch": 4})
+    aims = AutoscalingSettings(
+        decode=Range(least=1, most=6), up_s=10, down_s=60, drain_s=15, inter_token_s=9
+    )
+    config = fleet(NODE, aims, decode=1).model_copy(update={"engine": engine})
+    out = run(config, few(10, seconds=300), 300, Conditions(start_s=20))
+    assert max(moment.units["decode"] for moment in out.moments) >= 3
+    assert np.median(out.first_token[out.arrived > 200]) < 1
+
+
 def test_ingresses_do_not_herd() -> None:
     """Two of the ranks, any two: nobody is left out, and one rank alone is taken."""
     draw = Random(0)

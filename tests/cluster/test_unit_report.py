@@ -116,7 +116,11 @@ def test_totals_follow_generations(generations: list[list[int]]) -> None:
 
 def test_lone_rank_and_its_successor() -> None:
     book = Book()
-    report = UnitReport("u", "decode", ALONE, book)
+    report = UnitReport("u", "decode", ALONE, book, places=16)
+    for ingress, waiting, when in (("gone", 9.0, 0.5), ("one", 4.0, 9.0), ("two", 1.5, 9.0)):
+        report.hear_of_queue(ingress, waiting, when)
+    report.hear_of_queue("one", 3.0, 10.0)
+    report.hear_of_queue("one", 4.0, 10.5)
     placement = ExpertPlacement(0, {3: (0, 1, 2, 3), 4: (0, 1, 2, 3)}, 4, (0,))
     load = ExpertLoad(ALONE.layers, 4, 60)
     rows = ExpertRows(0, np.array([[9, 1, 0, 0], [0, 0, 4, 6]]))
@@ -140,6 +144,7 @@ def test_lone_rank_and_its_successor() -> None:
     stats = report.to_scale_by(placement, load.rows)
     assert stats["kv_used"] == 0.4 and stats["prompt_tokens_queued"] == 500
     assert stats["waiting"] == 2, "whose pages are on their way need no more decode units"
+    assert stats["places"] == 16 and stats["outside"] == 5.5
     assert stats["step_s"] == pytest.approx(0.5 / 4)
     assert stats["prompt_tokens_per_s"] == pytest.approx(400 / 0.5)
     assert all(type(v) is float for v in stats.values()), "Serve takes numbers only"

@@ -31,6 +31,31 @@ BODY = {"model": "deepseek-v3", "messages": [{"role": "user", "content": "Hi"}]}
 # ---- the policy ----
 
 
+def test_more_places_are_used_and_fewer_are_kept() -> None:
+    queue = FairQueue(4, crowd=0.5)
+    tickets = [Ticket("a", 1, 10) for _ in range(20)]
+    for ticket in tickets:
+        queue.push(ticket, 0.0)
+
+    def started() -> int:
+        count = 0
+        while queue.pop(0.0, several_keys=False):
+            count += 1
+        return count
+
+    assert started() == 4
+    queue.resize(9)
+    assert started() == 5
+    queue.resize(2)
+    assert started() == 0
+    for ticket in tickets[:8]:
+        queue.remove(ticket, 1, whole=True)
+    assert started() == 1
+    queue.push(Ticket("b", 1, 10), 0.0)
+    queue.resize(8)
+    assert started() == 3, "one of b, and of a no more than makes half"
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 9), st.booleans(), st.integers(0, 2**32))
 def test_slots_are_kept_and_used(slots: int, several: bool, seed: int) -> None:

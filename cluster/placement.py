@@ -74,7 +74,8 @@ class ExpertPlacement:
 
     def uncovered(self, alive: Collection[int]) -> dict[int, tuple[int, ...]]:
         """Layer -> experts that no holder in `alive` has; a layer where none is lost is absent."""
-        return self._with_homes(lambda homes: not homes & set(alive))
+        there = set(alive)
+        return self._with_homes(lambda homes: not homes & there)
 
     def single_homed(self) -> dict[int, tuple[int, ...]]:
         """Layer -> experts that one holder alone has: with it, they are gone until loaded."""

@@ -142,7 +142,8 @@ def _first(present: Sequence[Member], count: int, current: UnitPlan | None) -> l
 
 
 def problems(plan: UnitPlan | None, present: Sequence[Member], wanted: Wanted) -> list[str]:
-    """One sentence for each way in which the unit is less than the config asks for."""
+    """One sentence for each way in which the unit is less than the config asks for, but for its
+    `thin_spots`."""
     if plan is None:
         return ["the unit is not complete yet"]
     sentences = []
@@ -153,16 +154,23 @@ def problems(plan: UnitPlan | None, present: Sequence[Member], wanted: Wanted) -
     gone = [m.name for m in plan.members if m.name not in {p.name for p in present}]
     if gone:
         sentences.append(f"gone, and being replaced: {', '.join(gone)}")
-    if wanted.redundant:
-        homes = plan.placement.single_homed()
-        layer, alone = max(homes.items(), key=lambda item: len(item[1]), default=(0, ()))
-        planned = max(wanted.num_experts - wanted.redundant, 0)
-        if len(alone) > planned:
-            sentences.append(
-                f"{len(alone)} of {wanted.num_experts} experts run on one rank only, not "
-                f"{planned}; in layer {layer}: {_spans(alone)}"
-            )
     return sentences
+
+
+def thin_spots(plan: UnitPlan, wanted: Wanted) -> list[str]:
+    """A sentence if more experts than planned have one rank only. It takes milliseconds, and stays
+    true as long as the plan."""
+    if not wanted.redundant:
+        return []
+    homes = plan.placement.single_homed()
+    layer, alone = max(homes.items(), key=lambda item: len(item[1]), default=(0, ()))
+    planned = max(wanted.num_experts - wanted.redundant, 0)
+    if len(alone) <= planned:
+        return []
+    return [
+        f"{len(alone)} of {wanted.num_experts} experts run on one rank only, not "
+        f"{planned}; in layer {layer}: {_spans(alone)}"
+    ]
 
 
 def _spans(numbers: Sequence[int]) -> str:

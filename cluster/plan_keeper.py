@@ -17,7 +17,7 @@ import ray.exceptions
 
 from rayseek.cluster.crew import Crew, Hand, last_line
 from rayseek.cluster.expert_load import ExpertLoad
-from rayseek.cluster.plan import Role, UnitPlan, Wanted, next_plan, problems
+from rayseek.cluster.plan import Role, UnitPlan, Wanted, next_plan, problems, thin_spots
 from rayseek.cluster.rank import Elsewhere
 
 log = logging.getLogger("rayseek.unit")
@@ -41,6 +41,7 @@ class PlanKeeper:
         self._crew, self.wanted, self._load, self._kill = crew, wanted, load, kill
         self._load_timeout_s, self._succeeds = load_timeout_s, False
         self.plan: UnitPlan | None = None  # in force
+        self._thin_spots: list[str] = []  # of it
         # Expert ranks outlive their leader and follow larger epochs only: count from the clock.
         self._epoch = _clock()
         self._why = "it starts"
@@ -53,7 +54,7 @@ class PlanKeeper:
         """A sentence for each."""
         if self.plan is None:
             return [self._why]
-        found = problems(self.plan, self._crew.present, self.wanted)
+        found = problems(self.plan, self._crew.present, self.wanted) + self._thin_spots
         return found + ([self._why] if self._why else [])
 
     def heard_of(self, epoch: int) -> None:
@@ -146,6 +147,7 @@ class PlanKeeper:
             if not preparing.result():
                 return False
             self.plan, self._why = plan, ""
+            self._thin_spots = thin_spots(plan, self.wanted)
             self._rebalance = False
             await _all(h.actor.commit.remote(plan) for h in crew)
         except ray.exceptions.RayError as error:

@@ -16,6 +16,7 @@ from rayseek.cluster.plan import (
     next_look,
     next_plan,
     problems,
+    thin_spots,
 )
 
 LOADS = {layer: [1.0] * 16 for layer in (1, 2, 3)}
@@ -101,13 +102,15 @@ def test_problems_are_named() -> None:
     whole = plan_of(None, crew(2, 3), want, LOADS)
     assert problems(whole, crew(2, 3), want) == []
     less = plan_of(whole, crew(1, 2), want, LOADS)
-    assert problems(less, crew(1, 2), want)[:2] == [
+    assert problems(less, crew(1, 2), want) == [
         "1 of 2 attention ranks take part",
         "2 of 3 expert ranks take part",
     ]
     assert "gone, and being replaced: e2" in problems(whole, crew(2, 2), want)
     bare = plan_of(None, crew(2, 3), wanted(2, 3), LOADS)
-    assert problems(bare, crew(2, 3), want) == [
+    assert problems(bare, crew(2, 3), want) == [] == thin_spots(whole, want)
+    assert thin_spots(bare, wanted(2, 3)) == []
+    assert thin_spots(bare, want) == [
         "14 of 16 experts run on one rank only, not 8; in layer 1: 2-15"
     ]
     assert _spans((0, 1, 2, 5, 7, 8)) == "0-2, 5, 7-8"

@@ -317,6 +317,26 @@ async def test_a_leader_that_succeeds_another_waits_less(monkeypatch: pytest.Mon
     task.cancel()
 
 
+async def test_whoever_asks_for_problems_gets_what_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every ingress and every expert rank asks, again and again; a plan is gone through once."""
+    wanted, crew = Wanted(2, 0, 4, 4, 1, (1,)), Crew("unit")
+    keeper = PlanKeeper(crew, wanted, ExpertLoad((1,), 4, 60), lambda _: None, 5)
+    for name in ("a", "b"):
+        started = Started(Member(name, "attention", "n", ""), None, "", ExchangeSettings())
+        crew.hands[name] = Hand(Obedient(), started)
+    task = asyncio.create_task(keeper.keep())
+    async with asyncio.timeout(10):
+        while keeper.plan is None or len(keeper.plan.members) < 2:
+            await asyncio.sleep(0.01)
+    monkeypatch.delattr("rayseek.cluster.placement.ExpertPlacement.single_homed")
+    assert keeper.problems == []
+    keeper.plan = replace(keeper.plan, members=keeper.plan.members[:1])
+    assert keeper.problems == ["1 of 2 attention ranks take part"]
+    task.cancel()
+
+
 async def test_the_first_plan_waits_for_ranks_that_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long they take; not for those that give no sign, and not for those that failed."""
     monkeypatch.setattr("rayseek.cluster.plan_keeper.COMING_S", 0.1)

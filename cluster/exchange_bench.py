@@ -1,21 +1,26 @@
 """What an exchange costs on this machine, beside the bare transfers it is made of.
 
-Members are processes on loopback. Each layer's exchange runs with experts that take no time, then
-the same transfers are made again with tensors at hand: the difference is what packing, choosing and
-placing rows cost. Medians, in microseconds; `rayseek bench --exchange` prints them.
+Members are processes on loopback. In turns: layers are exchanged, with experts that take no time;
+as many times the same transfers are made with tensors at hand by gloo, as torch sets it up; and by
+the exchange's own group, whose threads interrupt nobody (group.py): to that, the difference is what
+choosing, packing and placing rows cost. Medians, in microseconds; `rayseek bench --exchange` prints
+them.
 """
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore
 
 from rayseek.cluster.exchange import Exchange, Mode
 from rayseek.cluster.group import Group, Transfer
@@ -23,7 +28,7 @@ from rayseek.cluster.placement import make_placement
 from rayseek.kernels.select import choose_ops
 
 EXPERTS, TOP_K, HIDDEN = 32, 4, 256  # of the model that `rayseek bench` measures
-WARM, LAYERS = 50, 400
+LAYERS, WARM, TURNS = 20, 3, 25  # layers of a turn; turns before those that count; those
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +47,8 @@ class Cost:
 
     exchange_us: float
     transfers_us: float
+    gloo_us: float
     bytes: int
-
-    @property
-    def ratio(self) -> float:
-        return self.exchange_us / self.transfers_us
 
 
 MODES: dict[int, tuple[Mode, ...]] = {1: ("exact", "fixed"), 8: ("exact", "fixed"), 512: ("exact",)}
@@ -80,12 +82,18 @@ def measure(case: Case) -> Cost:
 class _NoWork:
     """Experts that cost nothing, so that only the exchange is left."""
 
+    def __init__(self) -> None:
+        self._products: dict[int, Tensor] = {}
+
     def compute(self, layer: int, x_RD: Tensor, row_N: Tensor, slot_N: Tensor) -> Tensor:
-        return torch.empty(len(row_N), x_RD.shape[1])
+        rows = len(row_N)
+        if rows not in self._products:
+            self._products[rows] = torch.zeros(rows, x_RD.shape[1])
+        return self._products[rows]
 
 
 class _Recorder(Group):
-    """Notes every transfer's shape, to be made again."""
+    """Notes the transfers of an exchange, to be made again."""
 
     made: list[tuple[Tensor, Tensor, list[int], list[int]]]
 
@@ -100,7 +108,9 @@ def _member(case: Case, port: int, me: int, costs: Any) -> None:
     size = case.attention + case.holders
     holders = list(range(case.attention, size)) if case.holders else list(range(size))
     placement = make_placement({0: [1.0] * EXPERTS}, [0] * len(holders))
-    group = _Recorder("127.0.0.1", port, "bench", me, size, 60)
+    store = TCPStore("127.0.0.1", port, None, False)
+    gloo: Any = ProcessGroupGloo(PrefixStore("gloo", store), me, size, timedelta(seconds=60))
+    group = _Recorder.through(store, "bench", me, size, 60)
     exchange = Exchange(
         group, placement, holders, [0] * size, _NoWork() if me in holders else None,
         choose_ops().ops, HIDDEN, TOP_K, case.mode,
@@ -111,37 +121,50 @@ def _member(case: Case, port: int, me: int, costs: Any) -> None:
     chosen = torch.rand(mine, EXPERTS, generator=make).topk(TOP_K).indices.sort().values.int()
     weight_TK, into_TD = torch.ones(mine, TOP_K), torch.zeros(mine, HIDDEN)
     rows = [case.rows if m < case.attention else 0 for m in range(size)]
-    times: list[tuple[float, float]] = []
-    for number in range(WARM + LAYERS):
-        group.made = []
-        exchange.start_pass(number, rows)
-        start = time.perf_counter()
-        pending = exchange.begin(0, x_TD, chosen)
-        pending.compute()
-        pending.add(weight_TK, into_TD)
-        middle = time.perf_counter()
-        for transfer in list(group.made):
-            Group.all_to_all(group, *transfer).wait()
-        times.append((middle - start, time.perf_counter() - middle))
+
+    def exchanged() -> None:
+        exchange.start_pass(0, rows)
+        for _ in range(LAYERS):
+            group.made = []
+            pending = exchange.begin(0, x_TD, chosen)
+            pending.compute()
+            pending.add(weight_TK, into_TD)
+
+    def transferred(start: Callable[..., Any]) -> None:
+        for transfer in group.made * LAYERS:
+            start(*transfer).wait()
+
+    own = functools.partial(Group.all_to_all, group)
+    turns: list[Callable[[], None]] = [
+        exchanged,
+        lambda: transferred(own),
+        lambda: transferred(gloo.alltoall_base),
+    ]
+    times: list[list[float]] = [[], [], []]
+    for _ in range(WARM + TURNS):
+        for turn, taken in zip(turns, times, strict=True):
+            gloo.barrier().wait()
+            start = time.perf_counter()
+            turn()
+            taken.append((time.perf_counter() - start) / LAYERS * 1e6)
     if me == 0:
-        exchanges, transfers = zip(*times[WARM:], strict=True)
-        costs.put(
-            Cost(
-                statistics.median(exchanges) * 1e6, statistics.median(transfers) * 1e6,
-                exchange.bytes_sent // (WARM + LAYERS),
-            )
-        )  # fmt: skip
+        exchange_us, transfers_us, gloo_us = (statistics.median(taken[WARM:]) for taken in times)
+        sent = exchange.bytes_sent // ((WARM + TURNS) * LAYERS)
+        costs.put(Cost(exchange_us, transfers_us, gloo_us, sent))
     group.close()
 
 
 def run() -> None:
     """Measure every case and print it as it is done."""
-    print("attention experts rows mode   exchange us  transfers us  ratio  bytes sent")
+    print(
+        "attention experts rows mode   exchange us  transfers us  ratio  gloo us  ratio  bytes sent"
+    )
     for case in CASES:
         cost = measure(case)
-        experts = case.holders or "inside"
+        experts, exchange, own = case.holders or "inside", cost.exchange_us, cost.transfers_us
         print(
-            f"{case.attention:9} {experts:>7} {case.rows:4} {case.mode:6} {cost.exchange_us:11.0f} "
-            f"{cost.transfers_us:13.0f} {cost.ratio:6.2f} {cost.bytes:11,}",
+            f"{case.attention:9} {experts:>7} {case.rows:4} {case.mode:6} {exchange:11.0f} "
+            f"{own:13.0f} {exchange / own:6.2f} {cost.gloo_us:8.0f} {exchange / cost.gloo_us:6.2f} "
+            f"{cost.bytes:11,}",
             flush=True,
         )

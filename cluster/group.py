@@ -27,6 +27,9 @@ CONNECT_S = 2.0
 otherwise; so members first wait for each other at the store, then connect within this."""
 LOOK_UP = timedelta(seconds=0.25)
 
+# Torch would note the stack of whoever starts an exchange, for a report that nobody reads here.
+os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")
+
 
 class ExchangeBroken(RuntimeError):
     """The group is of no use any more; the message says where that was noticed, and why."""

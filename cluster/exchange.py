@@ -180,7 +180,7 @@ class Exchange:
 
     def wait(self, transfer: Transfer, layer: int, stage: str) -> None:
         self.at(layer, stage)
-        transfer.wait()
+        transfer.wait(on_device=self.mode == "static")
 
     def send(
         self, layer: int, stage: str, rows: Tensor, splits: list[int], expected: list[int],

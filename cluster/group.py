@@ -2,7 +2,8 @@
 
 Gloo on a CPU, NCCL between GPUs. A group fails as a whole: when one member dies or closes it, all
 who stand in an exchange learn it at once, and nobody can use it again. So there is nothing to
-abort and nothing to repair: whoever cannot go on closes its end, and a new epoch makes a new group.
+repair: whoever cannot go on closes its end, and a new epoch makes a new group. NCCL tells only of
+members behind a network; of a GPU beside it, a waiting member learns by asking `over`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ LOOK_UP = timedelta(seconds=0.25)
 
 # Torch would note the stack of whoever starts an exchange, for a report that nobody reads here.
 os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")
+SPIN_S, POLL_S = 1e-3, 5e-5  # a GPU's exchange is looked for at once, and after a while so often
+
+
+GIVEN_UP = "it stood still, and the group has been given up"
 
 
 class ExchangeBroken(RuntimeError):
@@ -43,10 +48,13 @@ class Transfer:
     def __init__(self, group: Group, work: Work, what: str, tensors: tuple[Tensor, ...]) -> None:
         self._group, self._work, self.what, self._tensors = group, work, what, tensors
 
-    def wait(self) -> None:
-        """Block until it is done (on CUDA: until the current stream may use it)."""
+    def wait(self, on_device: bool = False) -> None:
+        """Block until it is done. The current CUDA stream may use it then.
+
+        on_device: on CUDA only the stream waits, as a graph must; nobody learns of a failure.
+        """
         try:
-            self._group.wait(self._work)
+            self._group.wait(self._work, on_device)
         except RuntimeError as error:
             raise ExchangeBroken(f"{self.what}: {_first_line(error)}") from error
 
@@ -103,7 +111,7 @@ class Group:
         """
         group, limit = cls.__new__(cls), timedelta(seconds=timeout_s)
         group._form(store, prefix, rank, size, limit, torch.device(device), given_up, address)
-        group._over = over if group.device.type == "cpu" else None
+        group._over = over
         return group
 
     def _form(
@@ -120,7 +128,7 @@ class Group:
         self.rank, self.size, self.device = rank, size, on
         self._group: Any = None
         self._over: Callable[[], bool] | None = None
-        self._stuck = False
+        self._stuck, self._limit_s = False, limit.total_seconds()
         try:
             keys = PrefixStore(prefix, store)
             keys.set(f"here/{rank}", "")
@@ -168,9 +176,11 @@ class Group:
             raise ExchangeBroken(f"{what}: {_first_line(error)}") from error
         return Transfer(self, work, what, (out, source))
 
-    def wait(self, work: Work) -> None:
+    def wait(self, work: Work, on_device: bool = False) -> None:
         """RuntimeError if it fails, or if the group is over meanwhile."""
-        if self._over is None:
+        if self.device.type != "cpu" and not on_device:
+            self._poll(work)
+        if self.device.type != "cpu" or self._over is None:
             work.wait()
             return
         while True:
@@ -183,7 +193,20 @@ class Group:
                     return
                 if self._over():
                     self._stuck = True
-                    raise RuntimeError("it stood still, and the group has been given up") from None
+                    raise RuntimeError(GIVEN_UP) from None
+
+    def _poll(self, work: Work) -> None:
+        """NCCL's own wait is for the stream only. The host would stand still where it next reads
+        a value, with nobody to tell it of a death, and an aborted exchange would leave it rubbish.
+        """
+        since = time.monotonic()
+        while not work.is_completed():
+            waited = time.monotonic() - since
+            if self._over is not None and self._over():
+                raise RuntimeError(GIVEN_UP)
+            if waited > self._limit_s:
+                raise RuntimeError(f"it stood still for {waited:.0f} s")
+            time.sleep(0 if waited < SPIN_S else POLL_S)
 
     def all_gather(self, values: Sequence[int], what: str = "agreement") -> list[tuple[int, ...]]:
         """A few integers of every member, in member order; blocks."""
@@ -192,9 +215,18 @@ class Group:
         self.all_to_all(every, mine, ones, ones, what).wait()
         return [tuple(row) for row in every.tolist()]
 
-    def close(self) -> None:
-        """Leave: closes the connections, which ends the group for all members. Idempotent."""
+    def close(self, flush: bool = False) -> None:
+        """Leave: closes the connections, which ends the group for all members. Idempotent.
+
+        flush: all leave, and what is still on its way to others must arrive: NCCL would drop it.
+        """
         left, self._group = [self._group], None
+        if self.device.type != "cpu" and left[0] is not None:
+            if flush:
+                with contextlib.suppress(RuntimeError):  # somebody died just now
+                    left[0].shutdown()
+                    return
+            left[0].abort()  # ends kernels that wait for a member that is dead
         if self._stuck:  # closing waits for the one who hangs, and nobody should wait for that
             threading.Thread(target=left.clear, name="stuck-group", daemon=True).start()
             self._stuck = False

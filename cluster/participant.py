@@ -53,7 +53,7 @@ log = logging.getLogger("rayseek.participant")
 BELL_S = 5.0  # a sleeper looks up so often, should a bell be lost
 AGREEMENT = "agreement"
 CONNECT = timedelta(seconds=3)
-FEW_ROWS = 32  # of a member in a pass
+FEW_ROWS, FEW_COPIES = 32, 256  # of a member in a pass: its rows; and one for each holder
 MOST_FAILURES = 12  # in a row; finding one request that fails takes four of them
 GROUP_ENDS = (ExchangeBroken, ExpertsReleased)  # the leader knew of the end before we did
 Result = TypeVar("Result")
@@ -125,13 +125,19 @@ class Participant:
 
     # ---- for other threads ----
 
+    def hear_of(self, plan: UnitPlan) -> None:
+        """A plan is to be prepared. On a GPU, kernels that wait for a dead member hold up whoever
+        frees memory there, as loading experts may: they end now, not when it is committed."""
+        if plan.broken and self.device == "cuda":
+            self._broken_before = max(self._broken_before, plan.epoch)
+
     def commit(self, plan: UnitPlan, slots: ExpertSlots | None) -> None:
         """Follow this plan from the next pass on that everybody can. `slots`: its experts."""
         with self._changed:
             if self._newest is None or plan.epoch > self._newest[0].epoch:
                 self._newest = (plan, slots)
                 if plan.broken:
-                    self._broken_before = plan.epoch
+                    self._broken_before = max(self._broken_before, plan.epoch)
             self._changed.notify_all()
         self.ring()
 
@@ -237,12 +243,12 @@ class Participant:
         finally:
             self._at("between passes")
 
-    def leave(self) -> None:
-        """Leave the group, which ends it for everybody."""
+    def leave(self, together: bool = False) -> None:
+        """Leave the group, which ends it for everybody. together: all have agreed to."""
         formed, self._formed = self._formed, None
         if formed is not None:
             self._exchanged = self._total(formed)
-            formed.close()
+            formed.group.close(flush=together)
 
     def connections(self, store: str) -> tuple[TCPStore, TCPStore]:
         """Two to the store at this host:port; kept, for connecting can take long."""
@@ -298,7 +304,7 @@ class Participant:
     def _follow(self, formed: _Formed, agreement: Agreement) -> None:
         """Take part in a pass without rows of our own, or adopt the plan that everybody has."""
         if agreement.adopt:
-            self.leave()
+            self.leave(together=True)
             return
         parts = self._start_pass(formed, agreement)
         formed.exchange.idle(self._layers[agreement.kind], parts)
@@ -308,7 +314,7 @@ class Participant:
         """Returns in how many micro-batches it runs."""
         self._passes += 1
         rows, exchange = agreement.rows, formed.exchange
-        exchange.mode = mode_of_pass(self.settings.mode, max(rows))
+        exchange.mode = mode_of_pass(self.settings.mode, max(rows), len(formed.plan.holders))
         split = agreement.kind == Kind.FORWARD and max(rows) > 1
         self.micro_batches = self.settings.micro_batches if split else 1
         exchange.start_pass(self._passes, rows, self.micro_batches)
@@ -388,11 +394,12 @@ def take_part_for_ever(participant: Participant) -> None:
         participant.leave()
 
 
-def mode_of_pass(setting: Mode | Literal["auto"], most_rows: int) -> Mode:
+def mode_of_pass(setting: Mode | Literal["auto"], most_rows: int, holders: int) -> Mode:
     """auto: a few rows to everybody cost less than asking how many are wanted where."""
     if setting != "auto":
         return setting
-    return "fixed" if most_rows <= FEW_ROWS else "exact"
+    few = most_rows <= FEW_ROWS and most_rows * holders <= FEW_COPIES
+    return "fixed" if few else "exact"
 
 
 class _Formed:
@@ -450,9 +457,6 @@ class _Formed:
             if self._sleeper.check([key]):
                 return bytes(self._sleeper.get(key)).decode()
         return None
-
-    def close(self) -> None:
-        self.group.close()
 
 
 def _address(target: str) -> tuple[str, int]:

@@ -34,8 +34,12 @@ if TYPE_CHECKING:  # torch: in these processes, not in the leader's
 log = logging.getLogger("rayseek.rank")
 
 BOND_S = 3.0  # without a pulse, and without a group: its leader may be dead
-# Of the process, before it imports torch.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+# Of the process, before it imports torch. NCCL's errors are ours (group.py): otherwise torch ends
+# every process that waited for a dead one.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,8 @@ class Seat:
     async def prepare(self, plan: UnitPlan, unit: str | None = None) -> None:
         """Load the expert slots that a plan of this unit gives us, beside those in use."""
         self._obey(unit)
+        if self._participant is not None:
+            self._participant.hear_of(plan)
         holder, slots = plan.holder_of(self.name), None
         if holder is not None:
             assert self._expert_loader is not None, "a holder can load experts"

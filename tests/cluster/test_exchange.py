@@ -24,6 +24,7 @@ from torch.distributed import TCPStore
 
 from rayseek.cluster.exchange import Exchange, Mode, Position, RemoteExperts
 from rayseek.cluster.group import ExchangeBroken, Group, Transfer
+from rayseek.cluster.participant import mode_of_pass
 from rayseek.cluster.placement import ExpertPlacement, make_placement
 from rayseek.kernels.native import NativeOps
 from rayseek.kernels.native_build import NativeUnavailableError
@@ -283,6 +284,14 @@ def test_a_node_is_sent_one_copy_of_a_row(
     wanted = sum(bool(far & set(row)) for row in ids.tolist())
     assert sent[0, 2] == (wanted if mode == "exact" else 30)
     assert sent[0, 3] == 0 and sent[2, 3] > 0
+
+
+@pytest.mark.parametrize("holders, most", [(1, 32), (2, 32), (8, 32), (16, 16), (144, 1), (300, 0)])
+def test_rows_go_to_everybody_while_that_is_few(holders: int, most: int) -> None:
+    fixed = [rows for rows in range(1, 600) if mode_of_pass("auto", rows, holders) == "fixed"]
+    assert fixed == list(range(1, most + 1))
+    assert mode_of_pass("exact", 1, holders) == "exact"
+    assert mode_of_pass("fixed", 600, holders) == "fixed"
 
 
 def test_more_rows_than_announced_are_refused(every: Everything, store: Stores) -> None:

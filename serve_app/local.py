@@ -37,6 +37,7 @@ log = logging.getLogger("rayseek.local")
 
 READY_TIMEOUT_S = 1800.0
 LOOPBACK = "127.0.0.1"
+SERVE_CONNECTIONS = 4096  # of HAProxy, by Serve's default; each takes two open files
 QUICK_NODE_DEATH = {  # Ray's defaults take half a minute to notice
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "1000",
@@ -86,12 +87,23 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
-def cluster_environment(config: Config) -> dict[str, str]:
+def connections(config: Config, proxies: int) -> int:
+    """That one of so many proxies must be able to hold: what its ingress replicas run, at the most
+    units, and the longest queue of a key there. A further one would wait, and not hear why."""
+    replicas, scale = config.ingress.replicas, config.autoscaling.widest("decode")
+    ranks = (scale.most if scale else config.decode.units) * config.decode.attention_ranks
+    running = -(-ranks * config.engine_of("decode").max_batch // replicas)
+    return max(SERVE_CONNECTIONS, -(-replicas // proxies) * (running + config.api.max_waiting))
+
+
+def cluster_environment(config: Config, proxies: int | None = None) -> dict[str, str]:
     """What Serve must find in the environment of every process of a cluster, before Ray starts.
 
     HAProxy and throughput mode: five times less CPU per token than Serve's defaults.
+    proxies: that clients come to; None: those of Kubernetes' ingress pods.
     """
     longest = config.ingress.longest_stream_s
+    proxies = proxies or config.kubernetes.ingress_pods
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -101,6 +113,7 @@ def cluster_environment(config: Config) -> dict[str, str]:
         "RAY_kill_worker_timeout_milliseconds": "500",
         # A proxy takes longer than Serve's 5 s to start on half a CPU, and would be started anew.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        "RAY_SERVE_HAPROXY_MAXCONN": str(connections(config, proxies)),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(longest),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(longest),
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(longest),
@@ -111,7 +124,7 @@ def cluster_environment(config: Config) -> dict[str, str]:
 def serve_environment(config: Config, folder: Path) -> dict[str, str]:
     """The environment of this machine's own cluster. HAProxy's files and ports are private, since
     its defaults are shared by all of a machine's clusters."""
-    return cluster_environment(config) | {
+    return cluster_environment(config, proxies=1) | {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),

@@ -206,7 +206,8 @@ def unit_readiness(all_: Manifests) -> Iterator[Finding]:
 @rule
 def environment(all_: Manifests) -> Iterator[Finding]:
     for cell in all_.cells:
-        wanted = cluster_environment(cell.config) if cell.config else {}
+        proxies = sum(pod.lowest for pod in cell.groups if pod.name == INGRESS)
+        wanted = cluster_environment(cell.config, proxies) if cell.config else {}
         for pod in cell.pods:
             for name, value in wanted.items():
                 if pod.environment.get(name) != value:

@@ -41,7 +41,7 @@ def test_committed_overlays_are_fresh(name: str) -> None:
 def test_proxies_hold_all_that_run_and_a_queue(name: str) -> None:
     config = load_config(name)
     text = (ROOT / "k8s/overlays" / name / "rayservice.yaml").read_text()
-    (held,) = set(re.findall(r'RAY_SERVE_HAPROXY_MAXCONN\s+value: .(\d+).', text))
+    (held,) = set(re.findall(r"RAY_SERVE_HAPROXY_MAXCONN\s+value: .(\d+).", text))
     running = config.decode.units * config.decode.attention_ranks
     running *= config.engine_of("decode").max_batch
     queues = config.api.max_waiting * config.ingress.replicas

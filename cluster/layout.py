@@ -98,7 +98,6 @@ def layout(
         slots = slots_per_holder(model.n_routed_experts, unit.holders, unit.redundant_experts)
         dedicated = unit.experts == "dedicated"
         rank = RankSpec(
-            unit=role,
             model_path=model_path,
             settings=config.engine_of(role),
             exchange=config.exchange,
@@ -132,7 +131,7 @@ def layout(
                 bundles=_bundles(hardware, [1]),
                 rank_gpus=_gpus(hardware),
                 rank=RankSpec(
-                    unit="experts", model_path=model_path, settings=config.engine,
+                    model_path=model_path, settings=config.engine,
                     exchange=config.exchange, alone=False, dedicated=True, host=rank_host,
                     gpus=_gpus(hardware),
                 ),

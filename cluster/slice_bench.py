@@ -1,8 +1,10 @@
 """`rayseek bench --slice N`: the engine's passes on one GPU at V3's true dimensions, with N layers.
 
-One dense layer and N - 1 with experts, random block-FP8 weights made on the GPU, CUDA graphs. Two
-slices are timed, N layers and 1 fewer, so that what a layer with experts costs is their difference
-and embedding, head and launch are not counted in it. The whole model is then reckoned as
+One dense layer and N - 1 with experts, random block-FP8 weights made on the GPU. Two slices are
+timed, N layers and 1 fewer, so that what a layer with experts costs is their difference and
+embedding, head and launch are not counted in it. Decoding is timed kernel by kernel, as it runs on
+every rank whose experts are spread over others, and as CUDA graphs, as it does where all are here.
+The whole model is then reckoned as
 
     61 layers = slice + 2 * (dense layer) + (58 - experts' layers in the slice) * (experts' layer)
 
@@ -164,29 +166,30 @@ def sliced(whole: ModelConfig, layers: int) -> ModelConfig:
     )
 
 
-def _model(config: ModelConfig, kv_dtype: KVDtype) -> CachedModel:
+def _model(config: ModelConfig, kv_dtype: KVDtype, graphs: bool) -> CachedModel:
     """Random weights, and as many pages as fit beside them."""
     weights, ops = RandomWeights(config, "cuda"), CudaOps(kv_dtype=kv_dtype)
     model = Transformer(config, weights, ops, max(CONTEXTS))  # type: ignore[arg-type]
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     page = LatentCache.page_bytes(config, device="cuda", kv_dtype=kv_dtype)
-    return CachedModel(model, int(free * CACHE_SHARE / page), graphs=True)
+    return CachedModel(model, int(free * CACHE_SHARE / page), graphs=graphs)
 
 
 def _times(
-    config: ModelConfig, clock: Clock, kv_dtype: KVDtype
+    config: ModelConfig, clock: Clock, kv_dtype: KVDtype, graphs: bool
 ) -> dict[tuple[str, int, int], float]:
-    """Seconds of each pass that fits: ("decode", batch, context) and ("prefill", rows, 0)."""
-    model, times = _model(config, kv_dtype), dict[tuple[str, int, int], float]()
+    """Seconds of each pass that fits: ("decode", batch, context) and ("prefill", rows, 0); of
+    ("decode, graphs", batch, context) with graphs."""
+    model, times = _model(config, kv_dtype, graphs), dict[tuple[str, int, int], float]()
     pages = model.cache.num_pages - 1
     for context in CONTEXTS:
         for sequences in BATCHES:
             if sequences * -(-context // PAGE_TOKENS) <= pages:
                 batch = decode_batch(sequences, context)
                 seconds = clock.seconds(partial(model.forward, batch), graph=False)
-                times["decode", sequences, context] = seconds
-    for rows in PROMPTS:
+                times["decode, graphs" if graphs else "decode", sequences, context] = seconds
+    for rows in () if graphs else PROMPTS:
         if -(-rows // PAGE_TOKENS) <= pages:
             table = [list(range(-(-rows // PAGE_TOKENS)))]
             batch = Batch.of_sequences([[3] * rows], [0], table, [1])
@@ -201,9 +204,11 @@ def run(whole: ModelConfig, layers: int, kv_dtype: KVDtype = "auto") -> None:
     clock = Clock()
     top = ceilings(clock)
     started = time.perf_counter()
-    less = _times(shorter, clock, kv_dtype)
-    torch.cuda.empty_cache()
-    times = _times(config, clock, kv_dtype)
+    less, times = dict[tuple[str, int, int], float](), dict[tuple[str, int, int], float]()
+    for graphs in (False, True):
+        for of, found in ((shorter, less), (config, times)):
+            found |= _times(of, clock, kv_dtype, graphs)
+            torch.cuda.empty_cache()
     print(report(config, whole, times, less, top, kv_dtype))
     print(formula(config, whole))
     print(f"measured in {time.perf_counter() - started:.0f} s on {top.device}")
@@ -225,9 +230,10 @@ def report(
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for (kind, count, context), took in times.items():
-        keys = count * context if kind == "decode" else count * (count + 1) // 2
-        cached = count * context if kind == "decode" else count
-        out = count if kind == "decode" else 1
+        decode = kind != "prefill"
+        keys = count * context if decode else count * (count + 1) // 2
+        cached = count * context if decode else count
+        out = count if decode else 1
         floor = slice_floor(config, count, keys, cached, out, kv_dtype).seconds(top)
         one = max(took - less[kind, count, context], 0.0)
         dense, moe = (
@@ -235,7 +241,7 @@ def report(
             for x in (False, True)
         )
         all_s = whole_model_s(took, one, one * dense / moe, config, whole)
-        name = f"decode {count} x {context}" if kind == "decode" else f"prefill {count}"
+        name = f"{kind} {count} x {context}" if decode else f"prefill {count}"
         lines.append(
             f"| {name} | {took * 1e3:.3f} | {floor * 1e3:.3f} | {took / floor:.2f} | "
             f"{one * 1e3:.3f} | {all_s * 1e3:.2f} | {count / all_s:.0f} |"

@@ -21,7 +21,6 @@ class RankSpec:
     the cluster it runs on, for traffic between nodes; None: as Ray knows it. gpus: of its own.
     """
 
-    unit: str
     model_path: str
     settings: EngineSettings
     exchange: ExchangeSettings

@@ -49,15 +49,6 @@ class ExpertsUnderway(Protocol):
         """into[t] += sum over k of weight[t, k] * expert[t, k](x[t]), in ascending expert order."""
 
 
-class FeedForward(Protocol):
-    """x -> x + ffn(norm(x)), dense or with experts."""
-
-    def __call__(self, x_TD: Tensor) -> Tensor: ...
-
-    def begin(self, x_TD: Tensor) -> Underway:
-        """The same in steps."""
-
-
 class Underway(Protocol):
     """A feed-forward part that was begun; `compute`, then `result`, each once."""
 

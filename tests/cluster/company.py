@@ -195,7 +195,7 @@ async def unit(
         tuple(range(config.first_k_dense_replace, config.stored_layers)),
     )  # fmt: skip
     rank = RankSpec(
-        "unit", str(path), settings, ExchangeSettings(**exchange),
+        str(path), settings, ExchangeSettings(**exchange),
         alone=attention == 1 and not experts, dedicated=experts > 0, host="127.0.0.1", node="n0",
         transfer=TransferSettings(min_prompt_tokens=64),
     )  # fmt: skip

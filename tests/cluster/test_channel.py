@@ -412,7 +412,7 @@ async def test_a_silent_rank_delays_nobody(
 
 async def test_a_dead_engine_thread_shows_in_the_pulse(tiny_path: Path) -> None:
     spec = RankSpec(
-        "decode", str(tiny_path), EngineSettings(), ExchangeSettings(), alone=True,
+        str(tiny_path), EngineSettings(), ExchangeSettings(), alone=True,
         dedicated=False, host="127.0.0.1", node="n0",
     )  # fmt: skip
     rank = Rank("rank", spec)

@@ -39,7 +39,7 @@ def test_its_groups_are_of_its_gpu_and_end_before_experts_are_loaded(
     )
     monkeypatch.setattr(participant.Group, "through", through)
     spec = RankSpec(
-        "decode", str(tiny_path), EngineSettings(kernels="cuda"), ExchangeSettings(),
+        str(tiny_path), EngineSettings(kernels="cuda"), ExchangeSettings(),
         alone=False, dedicated=False,
     )  # fmt: skip
     broken: list[Broken] = []

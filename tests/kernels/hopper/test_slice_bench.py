@@ -41,10 +41,14 @@ def test_the_whole_model_is_the_sum_of_its_layers() -> None:
 
 def test_report_has_a_line_for_each_pass() -> None:
     config = slice_bench.sliced(DEEPSEEK_V3, 4)
-    times = {("decode", 64, 4096): 4e-3, ("prefill", 1024, 0): 9e-3}
+    times = {
+        ("decode", 64, 4096): 4e-3, ("decode, graphs", 64, 4096): 3e-3, ("prefill", 1024, 0): 9e-3
+    }  # fmt: skip
     text = slice_bench.report(config, DEEPSEEK_V3, times, {k: t / 2 for k, t in times.items()}, TOP)
     assert "| decode 64 x 4096 | 4.000 |" in text and "| prefill 1024 | 9.000 |" in text
-    assert "61 layers, ms" in text
+    assert "61 layers, ms" in text and "| decode, graphs 64 x 4096 | 3.000 |" in text
+    floors = [line.split("|")[3] for line in text.splitlines()[2:4]]
+    assert floors[0] == floors[1], "it is the same work"
 
 
 def test_weights_and_batches_have_the_models_shapes() -> None:

@@ -62,9 +62,16 @@ News: TypeAlias = Update | Token | None  # an update, one more token, or the end
 class Inbox(asyncio.Queue[News]):
     """What a rank has told of a request. on_end: as in Request."""
 
-    def __init__(self, on_end: Callable[[], None] | None) -> None:
+    _queue: deque[News]  # asyncio's, for subclasses
+
+    def __init__(self, on_end: Callable[[int], None] | None) -> None:
         super().__init__()
-        self.on_end = on_end
+        self._on_end = on_end
+
+    def end(self) -> None:
+        """The last news is in."""
+        if self._on_end is not None:
+            self._on_end(sum(len(n.ids) if isinstance(n, Update) else 1 for n in self._queue if n))
 
 
 Discover = Callable[[], Awaitable[list[RankAddress]]]
@@ -168,8 +175,8 @@ class RankChannel:
     def _over(self, last: Update) -> None:
         """The rank has done with a request, whether its reader has come that far or not."""
         inbox = self._inboxes.pop(last.handle, None)
-        if inbox is not None and inbox.on_end is not None and last.finish != REFUSED:
-            inbox.on_end()
+        if inbox is not None and last.finish != REFUSED:
+            inbox.end()
 
     async def _write(self) -> AsyncIterator[ToRank]:
         while (message := await self._outgoing.get()) is not None:

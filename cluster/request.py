@@ -70,8 +70,8 @@ class Request:
     emitted_ids: tuple[int, ...] = ()
     grammar: str = ""  # what the answer must match (cluster/grammar.py); "": anything
     trace: str = ""  # W3C traceparent of the span that it is part of (traces.py); "": none
-    # Does not travel. Called by the dispatcher when the last delta is there, read or not.
-    on_end: Callable[[], None] | None = field(default=None, compare=False, repr=False)
+    # Does not travel. Told by the dispatcher when the last delta is there: how many are unread.
+    on_end: Callable[[int], None] | None = field(default=None, compare=False, repr=False)
 
 
 class Token(NamedTuple):

@@ -22,7 +22,6 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from rayseek.cluster.request import Delta, Request, RequestRefused
 from rayseek.serve_app.engine_port import Engine
@@ -43,6 +42,7 @@ class Ticket:
     limit: int  # most tokens of the answer
     running: bool = False
     cost: float | None = None  # as guessed when it started; None: it waits
+    made: int = 0  # tokens, read by the caller or not
 
 
 @dataclass(slots=True)
@@ -187,7 +187,17 @@ class FairEngine:
         self, request: Request, lease: Lease, seen: Sighting
     ) -> AsyncGenerator[Delta, None]:
         ticket = self._enter(request, lease)
-        made, began, ended = 0, math.inf, False
+        read, began, ended = 0, math.inf, False
+
+        def made(tokens: int) -> None:
+            lease.paid_tokens(tokens - ticket.made)
+            ticket.made = tokens
+
+        def end(unread: int) -> None:
+            """All is made: who reads slowly, or not at all, pays for it and keeps no place."""
+            made(read + unread)
+            self._free(ticket)
+
         try:
             lease.waiting += 1
             try:
@@ -198,21 +208,20 @@ class FairEngine:
             began = time.monotonic()
             seen.begins(lease.paid_prompt(request))
             salt = request.cache_salt if self._shared_cache else ticket.key + request.cache_salt
-            free = partial(self._free, ticket)
             # A key's priorities are among its own: in the engine they would pass other keys' by.
-            ours = replace(request, priority=0, cache_salt=salt, on_end=free)
+            ours = replace(request, priority=0, cache_salt=salt, on_end=end)
             deltas = self._engine.generate(ours)
             try:
                 async for delta in deltas:
-                    if delta.tokens:
-                        made += len(delta.tokens)
-                        lease.paid_tokens(len(delta.tokens))
+                    read += len(delta.tokens)
+                    if read > ticket.made:
+                        made(read)
                     ended = delta.finish is not None
                     yield delta
             finally:
                 await deltas.aclose()
         finally:
-            self._leave(ticket, made, ended, time.monotonic() - began)
+            self._leave(ticket, ended, time.monotonic() - began)
 
     def _enter(self, request: Request, lease: Lease) -> Ticket:
         key, queue = lease.key.sha256, self._queue
@@ -230,13 +239,13 @@ class FairEngine:
         return ticket
 
     def _free(self, ticket: Ticket) -> None:
-        """Its last delta is here: a caller who reads slowly, or not at all, keeps no place."""
+        """Its place is another's."""
         self._queue.free(ticket)
         self._doors.pop(ticket, None)
         self._admit()
 
-    def _leave(self, ticket: Ticket, made: int, whole: bool, service_s: float) -> None:
-        self._queue.remove(ticket, made, whole)
+    def _leave(self, ticket: Ticket, whole: bool, service_s: float) -> None:
+        self._queue.remove(ticket, ticket.made, whole)
         if whole:
             mean = self._service_s.get(ticket.key, service_s)
             self._service_s[ticket.key] = mean + MEMORY * (service_s - mean)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import subprocess
 import sys
@@ -211,12 +212,12 @@ async def test_closing_the_iterator_frees_the_rank(cluster: Cluster) -> None:
 
 async def test_the_end_is_known_before_it_is_read(cluster: Cluster) -> None:
     await cluster.start_rank()
-    over = asyncio.Event()
-    request = replace(wanted(1)[0], on_end=over.set)
+    unread: asyncio.Queue[int] = asyncio.Queue()
+    request = replace(wanted(1)[0], on_end=unread.put_nowait)
     deltas = cluster.dispatcher.generate(request)
     first = await anext(deltas)
     async with asyncio.timeout(5):
-        await over.wait()
+        assert await unread.get() == PARAMS.max_tokens - len(first.tokens)
     (channel,) = cluster.dispatcher._alive()
     assert channel.pressure[0] == channel.load.waiting == 0
     rest = [delta async for delta in deltas]
@@ -408,6 +409,29 @@ async def test_a_silent_rank_delays_nobody(
         assert deltas[-1].finish is FinishReason.LENGTH
         await dispatcher.close()
         await asyncio.to_thread(server.stop)
+
+
+async def test_who_gets_no_thread_is_refused(
+    make_engine: EngineMaker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else it would wait in silence, for ever."""
+    server = RankServer(make_engine(), streams=2)
+    address = RankAddress("rank", f"127.0.0.1:{server.start('127.0.0.1')}")
+    logging.getLogger("rayseek").addHandler(caplog.handler)
+    channels: list[RankChannel] = []
+    for _ in range(3):
+        channels.append(RankChannel(address))
+        await asyncio.wait_for(channels[-1].ready.wait(), 10)
+    assert [channel.alive for channel in channels] == [True, True, False]
+    assert "all 2 streams are taken" in caplog.text
+    await channels[0].close()
+    async with asyncio.timeout(10):
+        while not channels[-1].alive:
+            channels.append(RankChannel(address))
+            await channels[-1].ready.wait()
+    for channel in channels[1:]:
+        await channel.close()
+    await asyncio.to_thread(server.stop)
 
 
 async def test_a_dead_engine_thread_shows_in_the_pulse(tiny_path: Path) -> None:

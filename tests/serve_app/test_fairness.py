@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
@@ -184,7 +185,7 @@ class Manual:
         self.live[name].put_nowait(Delta(name, (Token(5),), FinishReason.STOP))
         (request,) = (r for r in self.requests if r.id == name)
         if request.on_end:
-            request.on_end()
+            request.on_end(self.live[name].qsize())
 
 
 def lease_of(name: str) -> Lease:
@@ -303,7 +304,9 @@ async def test_who_does_not_read_keeps_no_place_once_the_engine_is_done() -> Non
     other = [ask(fair, f"o{i}", leases[1]) for i in range(2)]
     await settle()
     assert engine.order == ["deaf", "o0"] and fair.load == (2, 1)
+    paid = mock.patch.object(leases[0], "paid_tokens").start()
     engine.finish("deaf")
+    assert paid.call_args_list == [mock.call(1)]  # and not once more when it is read
     await settle()
     assert engine.order == ["deaf", "o0", "o1"] and fair.load == (2, 0)
     for name in ("o0", "o1"):
@@ -311,7 +314,7 @@ async def test_who_does_not_read_keeps_no_place_once_the_engine_is_done() -> Non
     await asyncio.gather(*other)
     assert fair.load == (0, 0)
     assert [delta.finish async for delta in deaf] == [FinishReason.STOP]
-    assert fair.load == (0, 0)
+    assert fair.load == (0, 0) and paid.call_count == 1
 
 
 async def test_a_full_queue_refuses_with_a_time() -> None:

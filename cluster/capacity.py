@@ -12,7 +12,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 from rayseek.cluster.config import Config, Role
-from rayseek.cluster.cost import DEVICES, PUBLISHED, Cost, Efficiency, Step
+from rayseek.cluster.cost import DEVICES, Cost, Step
 from rayseek.cluster.fit import rank_memories
 from rayseek.cluster.placement import slots_per_holder
 from rayseek.model.config import ModelConfig
@@ -59,19 +59,13 @@ class Need:
     limit: str
 
 
-def needs(
-    config: Config,
-    model: ModelConfig,
-    load: Load,
-    targets: Targets,
-    efficiency: Efficiency = PUBLISHED,
-) -> list[Need]:
+def needs(config: Config, model: ModelConfig, load: Load, targets: Targets) -> list[Need]:
     """What each role needs; a decode unit alone has a role and computes prompts too.
 
     Raises ValueError if no number of such units meets the targets, or for CPUs, whose rates nobody
     has written down.
     """
-    costs = {role: unit_cost(config, model, role, efficiency) for role in config.units}
+    costs = {role: unit_cost(config, model, role) for role in config.units}
     batch, step, limit = _decode_batch(config, model, costs["decode"], load, targets)
     kept = tokens_kept(config, load.accepted)
     per_gpu = batch * kept / step.seconds
@@ -127,7 +121,7 @@ def needs(
     ]
 
 
-def unit_cost(config: Config, model: ModelConfig, role: Role, efficiency: Efficiency) -> Cost:
+def unit_cost(config: Config, model: ModelConfig, role: Role) -> Cost:
     """The cost model of a unit of this role. Raises ValueError for CPUs."""
     if config.hardware.accelerator not in DEVICES:
         raise ValueError(
@@ -138,7 +132,7 @@ def unit_cost(config: Config, model: ModelConfig, role: Role, efficiency: Effici
     slots = slots_per_holder(model.n_routed_experts, unit.holders, unit.redundant_experts)
     device = DEVICES[config.hardware.accelerator]
     kv_dtype = config.engine.kv_dtype
-    return Cost(model, device, unit.attention_ranks, slots, efficiency, kv_dtype)
+    return Cost(model, device, unit.attention_ranks, slots, kv_dtype=kv_dtype)
 
 
 def tokens_kept(config: Config, accepted: float) -> float:

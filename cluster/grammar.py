@@ -82,13 +82,13 @@ class _Pending:
 class GrammarCompiler:
     """Matchers for one rank's engine. All methods are called by the engine's thread."""
 
-    def __init__(self, vocabulary: LLTokenizer, threads: int = 1) -> None:
+    def __init__(self, vocabulary: LLTokenizer) -> None:
         self._vocabulary = vocabulary
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # the compiler thread's
         self._pending: dict[str, _Pending] = {}
         self._compiler = ThreadPoolExecutor(1, "grammar")
         self._masker = ThreadPoolExecutor(1, "grammar-mask")
-        self._executor = LLExecutor(threads)
+        self._executor = LLExecutor(1)
         self.on_ready: Callable[[], None] | None = None  # called in a thread: `finished` has news
 
     def start(self, key: str, grammar: str, emitted: Sequence[int]) -> None:

@@ -208,11 +208,11 @@ class Group:
                 raise RuntimeError(f"it stood still for {waited:.0f} s")
             time.sleep(0 if waited < SPIN_S else POLL_S)
 
-    def all_gather(self, values: Sequence[int], what: str = "agreement") -> list[tuple[int, ...]]:
+    def all_gather(self, values: Sequence[int]) -> list[tuple[int, ...]]:
         """A few integers of every member, in member order; blocks."""
         mine = torch.tensor([list(values)] * self.size, dtype=torch.int64, device=self.device)
         every, ones = torch.empty_like(mine), [1] * self.size
-        self.all_to_all(every, mine, ones, ones, what).wait()
+        self.all_to_all(every, mine, ones, ones, "agreement").wait()
         return [tuple(row) for row in every.tolist()]
 
     def close(self, flush: bool = False) -> None:

@@ -21,12 +21,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """At a time: units of each role (that are paid for), tokens so far, requests in flight."""
+    """At a time: units of each role (that are paid for), and tokens so far."""
 
     at: float
     units: dict[Role, int]
     tokens: float
-    flying: int
 
 
 @dataclass(slots=True)

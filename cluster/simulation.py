@@ -21,7 +21,6 @@ from typing import Any
 from rayseek.cluster.autoscaling import Policy, UnitStats, autoscaling_policy
 from rayseek.cluster.capacity import Targets, tokens_kept, unit_cost
 from rayseek.cluster.config import Config, Role
-from rayseek.cluster.cost import PUBLISHED, Efficiency
 from rayseek.cluster.fit import rank_memories
 from rayseek.cluster.layout import UNIT_NAMES
 from rayseek.cluster.outcome import Moment, Outcome
@@ -374,7 +373,7 @@ class Simulation:
     def _record(self, pause: float) -> None:
         units = {role: len(fleet.units) for role, fleet in self._fleets.items()}
         tokens = self._out.tokens_of(self._fleets)
-        self._out.moments.append(Moment(self._now, units, tokens, len(self._flights)))
+        self._out.moments.append(Moment(self._now, units, tokens))
         if self._now + pause <= self._until:
             self._at(self._now + pause, self._record, pause)
 
@@ -383,11 +382,9 @@ class Simulation:
         self._out.close(self._until, self._fleets)
 
 
-def rooflines(
-    config: Config, model: ModelConfig, efficiency: Efficiency = PUBLISHED
-) -> dict[Role, StepTimes]:
+def rooflines(config: Config, model: ModelConfig) -> dict[Role, StepTimes]:
     """Step times of a GPU config's units, by the cost model."""
     return {
-        role: Roofline(unit_cost(config, model, role, efficiency), config.engine.draft_tokens)
+        role: Roofline(unit_cost(config, model, role), config.engine.draft_tokens)
         for role in config.units
     }

@@ -460,6 +460,7 @@ class Engine:
         sequence.computed = len(sequence.ids) - 1
         self._publish(sequence, start)
         if finish:
+            self.meter.answered()
             return [self._end(sequence, tuple(tokens), finish)]
         return [Delta(key, tuple(tokens), None, sequence.cached_tokens)]
 

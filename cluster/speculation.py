@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import log
+from math import inf, log
 
 TRIAL = 3  # steps for which a new choice holds: two of them can be measured
 HOLD = 48  # the same at most, twice as many each time that it is made again
@@ -39,7 +39,8 @@ class Measured:
     sequences (None: not known); growth, by which part it is expected to be longer than without
     drafts, from batches of another size; unused, the steps since a depth was last used; lost, how
     often in a row it was used and then left. prompts: seconds that prompts take for each token of
-    an answer, by depth; with more rows beside them they take longer. depth: in use.
+    an answer, by depth; with more rows beside them they take longer. depth: in use. answer: tokens
+    of one; its first comes with the prompt, whatever is drafted.
     """
 
     acceptance: tuple[float, ...]
@@ -49,6 +50,7 @@ class Measured:
     lost: tuple[int, ...]
     prompts: tuple[float, ...]
     depth: int = 0
+    answer: float = inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +73,10 @@ def choose_depth(measured: Measured) -> Choice:
     times = estimated_seconds(measured.seconds, measured.growth)
     if not times:
         return Choice(0)
-    rates = [
-        1 / (seconds / expected_tokens(measured.acceptance[:depth]) + prompts)
-        for depth, (seconds, prompts) in enumerate(zip(times, measured.prompts, strict=True))
-    ]
+    rates = []
+    for depth, (seconds, prompts) in enumerate(zip(times, measured.prompts, strict=True)):
+        steps = 1 / expected_tokens(measured.acceptance[:depth])  # for a token
+        rates.append(1 / (seconds * (steps + (1 - steps) / measured.answer) + prompts))
     best = max(range(len(rates)), key=lambda d: rates[d])
     for depth, rate in enumerate(rates):
         cost = times[depth] / times[best] * (1 - rate / rates[best])  # of a step, in steps
@@ -129,7 +131,7 @@ class _Size:
         self.steps = 0
         self.choice, self.hold, self.left = Choice(0), 0, 0  # steps: for which it holds, still
 
-    def measured(self, depth: int, seconds: float) -> None:
+    def took(self, depth: int, seconds: float) -> None:
         """Of a depth that has been in use for some time, it is the machine's pace that changes."""
         before = self.seconds[depth]
         if before is not None and self.hold > TRIAL:
@@ -151,7 +153,7 @@ class DraftMeter:
         self._size = _Size(most, 1)
         self._batch = 0
         self._stepped = 0, 0  # depth and batch of the last step
-        self._rows, self._tokens = 0.0, 1.0  # of prompts, of answers; fading
+        self._rows, self._tokens, self._answers = 0.0, 1.0, 0.0  # rows: of prompts; fading
 
     @property
     def measured(self) -> Measured:
@@ -164,6 +166,7 @@ class DraftMeter:
             tuple(size.lost),
             tuple(self._row_s(size, d) * self._rows / self._tokens for d in range(self.most + 1)),
             size.choice.depth,
+            max(1.0, self._tokens / self._answers) if self._answers else inf,
         )
 
     def choose(self, policy: DepthPolicy, batch: int) -> int:
@@ -172,6 +175,7 @@ class DraftMeter:
             return 0
         fade = (1 - 1 / TEXT) ** batch
         self._rows, self._tokens = self._rows * fade, self._tokens * fade + batch
+        self._answers *= fade
         size = self._size = self._size_of(batch)
         if not size.left:
             before, size.choice = size.choice.depth, policy(self.measured)
@@ -196,6 +200,10 @@ class DraftMeter:
             self._trials[depth] = self._trials[depth] * fade + 1
             self._successes[depth] = self._successes[depth] * fade + (depth < accepted)
 
+    def answered(self) -> None:
+        """A sequence has its last token."""
+        self._answers += 1
+
     def step_took(self, seconds: float, prompt_rows: int) -> None:
         """The last step that `choose` was asked for, from the end of the one before it to its own.
 
@@ -211,11 +219,11 @@ class DraftMeter:
         if not prompt_rows:
             size.alone[depth] = size.steps
             own = seconds / batch
-            size.measured(depth, own if known is None else smoothed(known, own))
+            size.took(depth, own if known is None else smoothed(known, own))
         elif depth and size.steps - size.alone[depth] > SELDOM:  # no smallest one of differences
             if taken := self._row_s(size, depth):
                 own = max(seconds - taken * prompt_rows, seconds / 2) / batch
-                size.measured(depth, own if known is None else known + (own - known) / 8)
+                size.seconds[depth] = own if known is None else known + (own - known) / 8
         elif known is not None:
             row = max(seconds - known * batch, 0.0) / prompt_rows
             row_s = size.row_s[depth]

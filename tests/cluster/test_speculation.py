@@ -50,6 +50,7 @@ def measurements(draw: st.DrawFn) -> Measured:
         for_each(st.integers(0, 9)),
         for_each(st.floats(0, 1.0)),
         draw(st.integers(0, most)),
+        draw(st.floats(1, 1000)),
     )
 
 
@@ -62,7 +63,11 @@ def test_a_depth_is_on_trial_or_has_the_best_prospect(measured: Measured) -> Non
         return
     assert all(own in (None, time) for own, time in zip(measured.seconds, times, strict=True))
     tokens = [expected_tokens(measured.acceptance[:d]) for d in range(len(times))]
-    rates = [1 / (s / t + p) for s, t, p in zip(times, tokens, measured.prompts, strict=True)]
+    steps = [1 + (measured.answer - 1) / t for t in tokens]  # of an answer: the first brings one
+    rates = [
+        1 / (s * n / measured.answer + p)
+        for s, n, p in zip(times, steps, measured.prompts, strict=True)
+    ]
     assert choice.rates == pytest.approx(rates)
     lost_once = measured.lost[choice.depth] == 1
     if measured.unused[choice.depth] < (SOON if lost_once else TRY_AGAIN):
@@ -89,6 +94,14 @@ def test_extremes() -> None:
     assert chosen(sure, flat, 0) == 2
     assert chosen((1.0, 0.0), flat, 0) == 1
     assert chosen(sure, steep, 2) == 0, "a row costs a step of its own"
+
+
+def test_short_answers_gain_less() -> None:
+    """Of three tokens, the first comes with the prompt: two steps instead of three."""
+    for answer, expected in ((3.0, 0), (300.0, 2)):
+        seconds = (0.010, 0.016, 0.018)
+        known = Measured((1.0, 1.0), seconds, (0.0, 1.0, 2.0), *NEVER_LOST, 0, answer)
+        assert choose_depth(known).depth == expected
 
 
 def test_what_is_not_known_is_tried_where_it_could_be_best() -> None:

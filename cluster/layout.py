@@ -106,6 +106,7 @@ def layout(
             host=rank_host,
             transfer=config.transfer,
             gpus=_gpus(config.hardware),
+            streams=_streams(config, role),
         )
         places = tuple(
             Place("attention", role, number, index, node, device, 0 if dedicated else slots)
@@ -177,6 +178,15 @@ def _deployment(
         rank=rank,
         places=places,
     )  # fmt: skip
+
+
+def _streams(config: Config, role: Role) -> int:
+    """That a rank may have: of every ingress and, if it computes prompts, of every rank that
+    decodes; twice, since those that are being replaced are still there, and some to spare."""
+    widest = config.autoscaling.widest("decode")
+    decode = widest.most if widest else config.decode.units
+    fetchers = decode * config.decode.attention_ranks if role == "prefill" else 0
+    return 2 * (config.ingress.replicas + fetchers) + 16
 
 
 def _bundles(hardware: HardwareSettings, ranks: Sequence[int]) -> tuple[Mapping[str, float], ...]:

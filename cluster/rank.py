@@ -174,7 +174,9 @@ class Rank(Seat):
             self.name, self._spec, host, on_broken, self._tally
         )
         self._fingerprint = engine.fingerprint
-        self._server = RankServer(engine, self._participant, self._spec.transfer)
+        self._server = RankServer(
+            engine, self._participant, self._spec.transfer, self._spec.streams
+        )
         port = self._server.start(host)
         return RankAddress(self.name, f"{host}:{port}")
 

@@ -49,13 +49,13 @@ log = logging.getLogger("rayseek.rank")
 
 LOOK_S = 1.0  # a step that could do nothing is tried again after this, should nobody tell why
 QUIET_S = 1.0  # without news, a stream hears of a load that has changed
-MAX_STREAMS = 256  # ingress replicas on one rank; each has a thread that mostly sleeps
 # Clients ask every 20 s whether we live (CHANNEL_OPTIONS). By default, gRPC hangs up on who does
 # that on a stream on which nothing is said: an idle one after 220 s, with whatever waits on it.
 SERVER_OPTIONS = [("grpc.http2.max_ping_strikes", 0)]
 
 Stream = int  # one connected ingress
 Command: TypeAlias = "Callable[[Engine], None]"
+Serve: TypeAlias = Callable[[Iterator[Any], Any], Iterator[Any]]
 
 
 @dataclass(slots=True)
@@ -268,25 +268,31 @@ class RankServer:
         engine: Engine,
         participant: Participant | None = None,
         transfer: TransferSettings | None = None,
+        streams: int = 64,
     ) -> None:
+        """streams: at once, of ingresses and other ranks; each has a thread that mostly sleeps."""
+        self._most, self._served, self._serving = streams, 0, threading.Lock()
         self._streams: dict[Stream, queue.SimpleQueue[Outbox | None]] = {}
         self._retired = False
         self._stream_numbers = itertools.count()  # `next` is atomic: streams open in threads
         self.engine_loop = EngineLoop(engine, self._deliver, participant, transfer)
-        self._pool = ThreadPoolExecutor(MAX_STREAMS, "token-channel")
-        self._server = grpc.server(self._pool, interceptors=[Gate()], options=SERVER_OPTIONS)
+        self._pool = ThreadPoolExecutor(streams, "token-channel")
+        self._server = grpc.server(
+            self._pool, interceptors=[Gate()], options=SERVER_OPTIONS,
+            maximum_concurrent_rpcs=streams,  # others would wait for a thread, and nobody know
+        )  # fmt: skip
         self._server.add_generic_rpc_handlers(
             (
                 grpc.method_handlers_generic_handler(
                     SERVICE,
                     {
                         METHOD: grpc.stream_stream_rpc_method_handler(
-                            self._open,
+                            self._counted(self._open),
                             request_deserializer=ToRank.FromString,
                             response_serializer=Frame.SerializeToString,
                         ),
                         FETCH: grpc.stream_stream_rpc_method_handler(
-                            self.engine_loop.transfers.serve,
+                            self._counted(self.engine_loop.transfers.serve),
                             request_deserializer=ToSource.FromString,
                             response_serializer=FromSource.SerializeToString,
                         ),
@@ -314,6 +320,20 @@ class RankServer:
         self._server.stop(grace=None).wait()
         self._pool.shutdown(wait=False)
         self.engine_loop.stop()
+
+    def _counted(self, serve: Serve) -> Serve:
+        def counted(requests: Iterator[Any], context: Any) -> Iterator[Any]:
+            with self._serving:
+                self._served += 1
+                if self._served == self._most:
+                    log.error("all %d streams are taken: whoever comes now is refused", self._most)
+            try:
+                yield from serve(requests, context)
+            finally:
+                with self._serving:
+                    self._served -= 1
+
+        return counted
 
     def _deliver(self, outboxes: dict[Stream, Outbox], to_all: bool) -> None:
         for stream in list(self._streams) if to_all else outboxes:

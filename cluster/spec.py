@@ -19,6 +19,7 @@ class RankSpec:
     dedicated: the experts are on expert ranks, attention ranks hold none.
     host: where ranks listen; None: on their node's address in the cluster. node: which node of
     the cluster it runs on, for traffic between nodes; None: as Ray knows it. gpus: of its own.
+    streams: of ingresses and other ranks, at most.
     """
 
     model_path: str
@@ -30,6 +31,7 @@ class RankSpec:
     node: str | None = None
     gpus: int = 0
     transfer: TransferSettings = TransferSettings()
+    streams: int = 64
 
 
 @dataclass(frozen=True, slots=True)

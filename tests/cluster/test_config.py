@@ -239,6 +239,8 @@ def test_deepseeks_cell() -> None:
     assert decode.bundles == ({"GPU": 8, "CPU": 65}, *({"GPU": 8, "CPU": 64},) * 17)
     assert prefill.strategy == "STRICT_SPREAD" and decode.unit is not None
     assert decode.unit.wanted.layers == tuple(range(3, 62))
+    assert prefill.unit is not None and prefill.unit.rank.streams > 22 + 144 * 2
+    assert decode.unit.rank.streams > 22 * 1.25
 
 
 def test_laptop_split() -> None:

@@ -456,10 +456,10 @@ async def test_a_request_that_breaks_passes_ends_alone(tiny_path: Path) -> None:
         assert loader is not None and loader._slots is not None
         compute = loader._slots.compute
 
-        def failing(layer: int, x_RD: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-            if x_RD.isnan().any():
+        def failing(layer: int, x_RW: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+            if x_RW.view(torch.float32).isnan().any():
                 raise ValueError("a row that cannot be computed")
-            return compute(layer, x_RD, *rest)
+            return compute(layer, x_RW, *rest)
 
         loader._slots.compute = failing  # type: ignore[method-assign]
         for rank in company.ranks:

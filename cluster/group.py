@@ -11,10 +11,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Self
 
@@ -22,6 +21,8 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore, Work
 from torch.distributed import DistStoreError
+
+from rayseek.cluster.precedence import giving_way
 
 CONNECT_S = 2.0
 """Gloo waits five times as long for a member that dies while all connect, and cannot be told
@@ -136,7 +137,9 @@ class Group:
             if on.type == "cpu":
                 gloo: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
                 gloo._timeout = timedelta(seconds=CONNECT_S)
-                with _considerate_threads():
+                # Woken in the middle of a send, its network thread would interrupt the worker that
+                # sends, want the lock which that one holds, and spin until its time slice ends.
+                with giving_way():
                     gloo._devices = [
                         ProcessGroupGloo.create_device(hostname=address)
                         if address
@@ -240,27 +243,6 @@ def open_store(host: str) -> TCPStore:
     return TCPStore(
         host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
     )
-
-
-@contextlib.contextmanager
-def _considerate_threads() -> Iterator[None]:
-    """Threads started in here interrupt nobody when they wake (Linux: SCHED_BATCH).
-
-    Otherwise gloo's network thread interrupts the worker that is just sending, needs the lock
-    which that one holds, and spins for it until its time slice ends. Where members share cores
-    that took half of each exchange and more.
-    """
-    if sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_OTHER:
-        yield
-        return
-    usual = os.sched_param(0)
-    with contextlib.suppress(OSError):  # a sandbox may not have it
-        os.sched_setscheduler(0, os.SCHED_BATCH, usual)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_OTHER, usual)
 
 
 def _wait_for(

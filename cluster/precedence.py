@@ -10,6 +10,8 @@ engine steps in front again. No privilege is needed. Elsewhere than on Linux thi
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def give_way() -> None:
@@ -20,6 +22,18 @@ def give_way() -> None:
 def take_precedence() -> None:
     """This thread, and those it starts, are ordinary ones again."""
     _set("SCHED_OTHER")
+
+
+@contextmanager
+def giving_way() -> Iterator[None]:
+    """Threads started in here interrupt nobody; this one is what it was."""
+    ordinary = hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) == os.SCHED_OTHER
+    give_way()
+    try:
+        yield
+    finally:
+        if ordinary:
+            take_precedence()
 
 
 def _set(name: str) -> None:

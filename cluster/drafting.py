@@ -30,8 +30,6 @@ class DraftModel(Protocol):
     """The draft module as `model/cached_model.py` has it."""
 
     @property
-    def hidden_size(self) -> int: ...
-    @property
     def vocab_size(self) -> int: ...
 
     def draft(self, batch: Batch, hidden_TD: Tensor) -> Passed: ...
@@ -60,7 +58,7 @@ class Drafter:
     def draft(
         self, model: DraftModel, depth: int, stepped: Rows[Stepped], running: Running
     ) -> None:
-        """`depth` passes: drafts for those sequences of the step that can use them.
+        """Drafts, `depth` at most, for those sequences of the step that can use them.
 
         All rows of `stepped` are learned: their latents are written. The next step brings a token
         by itself, so the last one allowed is never drafted.
@@ -75,17 +73,12 @@ class Drafter:
             [s.pages for s, _, _ in stepped],
             [int(m > 0) for m in most],
         )
-        if len(stepped) == 1:
-            hidden_TD = stepped[0].hidden_TD
-        elif stepped:
-            hidden_TD = torch.cat([rows_TD for _, _, rows_TD in stepped])
-        else:
-            hidden_TD = torch.empty(0, model.hidden_size)
+        first_TD = stepped[0].hidden_TD
+        hidden_TD = first_TD if len(stepped) == 1 else torch.cat([h_TD for _, _, h_TD in stepped])
         drafting = [s for (s, _, _), m in zip(stepped, most, strict=True) if m > 0]
-        if not depth:
+        if not drafting:
             model.remember(batch, hidden_TD)
-            return
-        if not self._at_once(model, batch, hidden_TD, drafting, [m for m in most if m > 0]):
+        elif not self._at_once(model, batch, hidden_TD, drafting, [m for m in most if m > 0]):
             self._one_by_one(model, batch, hidden_TD, drafting, depth)
 
     def _at_once(
@@ -124,9 +117,6 @@ class Drafter:
             places = [reduce(Place.then, s.drafts, s.place) for s in drafting]
             masks = masks_at(places, self._grammars)
             passed = model.draft(batch, hidden_TD)
-            if not drafting:
-                hidden_TD = hidden_TD[:0]
-                continue
             tokens = self._chooser.choose(places, passed.logits_RV, masks, logprobs=False)
             for s, token in zip(drafting, tokens, strict=True):
                 if isinstance(token, Token):
@@ -136,6 +126,8 @@ class Drafter:
             hidden_TD = passed.normed_TD
             if len(on) < len(drafting):
                 hidden_TD, drafting = hidden_TD[on], [drafting[r] for r in on]
+            if not drafting:
+                return
 
 
 def learned_to(known: int, computed: int, depth: int) -> int:

@@ -85,19 +85,6 @@ class Load:
     parked: int = 0  # of the waiting, those whose pages are on their way
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """A step decided: `Engine.run` makes one `forward` and then `draft_depth` `draft` passes.
-
-    rows: sequences with their number of rows, pages already taken. deltas: news from before.
-    Ranks that must run the same passes agree on `draft_depth` between `plan` and `run`.
-    """
-
-    rows: tuple[tuple[Sequence, int], ...]
-    draft_depth: int = 0
-    deltas: tuple[Delta, ...] = ()
-
-
 class Engine:
     """Continuous batching over one model and one page pool.
 
@@ -252,52 +239,48 @@ class Engine:
         A request has more than one delta only when the last is an error.
         """
         try:
-            plan = self.plan()
-            return self.run(plan) if plan.rows else list(plan.deltas)
+            self._clock.enter("plan")
+            deltas = self._take_compiled() if self._compiling else []
+            plan = self._plan()
+            self._carry_out(plan)
+            if plan.chunks:
+                deltas += self._run([(self._running[key], count) for key, count in plan.chunks])
+            return deltas
         finally:
             self._clock.enter(IDLE)
 
-    def plan(self) -> StepPlan:
-        """Decide on a step and take its pages. Nothing may be planned again before it has run."""
-        self._clock.enter("plan")
-        deltas = self._take_compiled() if self._compiling else []
-        plan = self._plan()
-        self._carry_out(plan)
-        rows = tuple((self._running[key], count) for key, count in plan.chunks)
+    @torch.inference_mode()
+    def _run(self, rows: list[tuple[Sequence, int]]) -> list[Delta]:
+        """One `forward`, then drafts. rows: sequences with their number of rows, pages taken."""
         decoding = sum(s.computed + count >= len(s.ids) and not s.only_prompt for s, count in rows)
         depth = self.meter.choose(self._depth_policy, decoding)
-        return StepPlan(rows, depth, tuple(deltas))
-
-    @torch.inference_mode()
-    def run(self, plan: StepPlan) -> list[Delta]:
-        """Run a plan's passes, with empty batches where this engine has nothing to compute."""
         self.steps += 1
-        deltas = list(plan.deltas)
-        decode_rows = sum(count for s, count in plan.rows if len(s.ids) - s.computed == 1)
-        all_rows = sum(count for _, count in plan.rows)
+        deltas: list[Delta] = []
+        decode_rows = sum(count for s, count in rows if len(s.ids) - s.computed == 1)
+        all_rows = sum(count for _, count in rows)
         self._clock.decode_rows += decode_rows
         self._clock.prompt_rows += all_rows - decode_rows
         try:
-            deltas += self._forward(plan.rows, plan.draft_depth)
+            deltas += self._forward(rows, depth)
         except Exception:
             log.exception("step %d failed; running its sequences alone", self.steps)
             # Nothing was committed, and the cache slots are simply written again: find the culprit.
-            for row in plan.rows:
+            for row in rows:
                 try:
-                    deltas += self._forward([row], plan.draft_depth)
+                    deltas += self._forward([row], depth)
                 except Exception as error:
                     log.exception("request %s failed", row[0].request.id)
                     deltas.append(self._end(row[0], (), FinishReason.ERROR, repr(error)))
         if not self.meter.most:
             return deltas  # nobody asks how long it took
         stepped, self._stepped = self._stepped, []
-        if plan.draft_depth or stepped:
-            self._clock.enter("draft" if all_rows else IDLE)
+        if stepped:
+            self._clock.enter("draft")
             try:
-                self._drafter.draft(self.model, plan.draft_depth, stepped, self._running)
+                self._drafter.draft(self.model, depth, stepped, self._running)
             except Exception:
                 log.exception("no drafts in step %d", self.steps)
-                for sequence, _ in plan.rows:
+                for sequence, _ in rows:
                     sequence.drafts = []
         before, self._ended = self._ended, self._now() if self._running else None
         if before and self._ended and decode_rows:
@@ -387,7 +370,7 @@ class Engine:
             for place in s.places(number - 1)
         ]
         masks = masks_at(places, self._grammars)
-        self._clock.enter("model" if rows else IDLE)  # without rows, it is the others who work
+        self._clock.enter("model")
         passed = self.model.forward(batch)  # the masks are made meanwhile
         self._clock.enter("sample")
         tokens = self.chooser.choose(places, passed.logits_RV, masks) if places else []

@@ -16,7 +16,7 @@ class UnitModel:
     def __init__(self, model: CachedModel, participant: Participant) -> None:
         self._model, self._participant = model, participant
         self.drafts, self.cache = model.drafts, model.cache
-        self.hidden_size, self.vocab_size = model.hidden_size, model.vocab_size
+        self.vocab_size = model.vocab_size
 
     def forward(self, batch: Batch) -> Passed:
         part = self._participant

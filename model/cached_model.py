@@ -71,11 +71,6 @@ class CachedModel:
         return self.mtp is not None
 
     @property
-    def hidden_size(self) -> int:
-        """Width of a hidden state."""
-        return self.transformer.config.hidden_size
-
-    @property
     def vocab_size(self) -> int:
         return self.transformer.config.vocab_size
 
@@ -113,15 +108,12 @@ class CachedModel:
     ) -> list[list[int]] | None:
         """As `draft`, and as many passes after it as it takes for most[r] tokens of each out row.
 
-        draws[r]: how the first of them is drawn; the others differ in their position alone. Without
-        out rows, as `remember`. None where every pass is one call: nothing was done.
+        draws[r]: how the first of them is drawn; the others differ in their position alone. None
+        where every pass is one call: nothing was done.
         """
         whole = self._whole_draft
         if whole is None:
             return None
-        if not most:
-            self.remember(batch, hidden_TD)
-            return []
         return whole.drafts(batch, hidden_TD, draws, most)
 
     def remember(self, batch: Batch, hidden_TD: Tensor) -> None:

@@ -167,7 +167,7 @@ class CountingModel:
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
-        self.drafts, self.hidden_size = inner.drafts, inner.hidden_size
+        self.drafts = inner.drafts
         self.rows = 0
 
     def forward(self, batch: Batch) -> Passed:

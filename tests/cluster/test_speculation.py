@@ -22,6 +22,7 @@ from rayseek.cluster.speculation import (
     MARGIN,
     SOON,
     TRY_AGAIN,
+    WORTH,
     Choice,
     DraftMeter,
     Measured,
@@ -72,7 +73,7 @@ def test_a_depth_is_on_trial_or_has_the_best_prospect(measured: Measured) -> Non
     lost_once = measured.lost[choice.depth] == 1
     if measured.unused[choice.depth] < (SOON if lost_once else TRY_AGAIN):
         best = max(range(len(rates)), key=lambda d: rates[d])
-        assert rates[choice.depth] * MARGIN**2 >= rates[best] * (1 - 1e-9)
+        assert rates[choice.depth] * MARGIN * WORTH >= rates[best] * (1 - 1e-9)
 
 
 NEVER_LOST = (0, 0, 0), (0, 0, 0), (0.0, 0.0, 0.0)
@@ -317,7 +318,7 @@ class FailingDrafts:
     """A model whose draft module fails at every third pass."""
 
     def __init__(self, inner: Any) -> None:
-        self.inner, self.drafts, self.hidden_size = inner, inner.drafts, inner.hidden_size
+        self.inner, self.drafts = inner, inner.drafts
         self.passes = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -344,44 +345,24 @@ def test_a_failing_draft_module_costs_speed_only(make_engine: EngineMaker) -> No
     assert sum(engine.meter.accepted) > 0
 
 
-def test_the_passes_of_a_step_are_those_of_its_plan(make_engine: EngineMaker) -> None:
-    """What ranks that share experts rely on, also when this rank has nothing to compute."""
+@pytest.mark.parametrize("spread", [False, True], ids=["here", "spread"])
+def test_rows_that_nobody_drafts_from_cost_no_passes(
+    make_engine: EngineMaker, spread: bool
+) -> None:
+    """The last step of an answer, and a prompt's first pieces, are learned in one call. Where
+    experts are spread, each pass is one of the whole unit."""
     engine = make_engine(draft_tokens=2, policy=lambda *_: Choice(2))
-    engine.model.drafts_ahead = lambda *_: None  # type: ignore[method-assign]
-    passes: list[str] = []
+    draft, rows = engine.model.draft, list[int]()
 
-    def counted(name: str) -> Callable[..., Any]:
-        inner = getattr(engine.model, name)
+    def noting(batch: Batch, hidden_TD: torch.Tensor) -> Any:
+        rows.append(len(batch.out_rows_R))
+        return draft(batch, hidden_TD)
 
-        def call(*arguments: Any) -> Any:
-            passes.append(name)
-            return inner(*arguments)
-
-        return call
-
-    for name in ("forward", "draft"):
-        setattr(engine.model, name, counted(name))
-    for number, limit in enumerate((1, 2, 5)):
-        request = Request(f"r{number}", prompt_of(number, 90), SamplingParams(limit))
-        engine.submit(request)
-        while engine.busy:
-            plan = engine.plan()
-            passes.clear()
-            engine.run(plan)
-            assert passes == ["forward"] + ["draft"] * plan.draft_depth
-    passes.clear()
-    idle = replace(engine.plan(), draft_depth=2)
-    assert engine.run(idle) == []
-    assert passes == ["forward", "draft", "draft"]
-
-
-def test_rows_that_nobody_drafts_from_cost_no_passes(make_engine: EngineMaker) -> None:
-    """The last step of an answer, and a prompt's first pieces, are learned in one call."""
-    engine = make_engine(draft_tokens=2, policy=lambda *_: Choice(2))
-    alone: list[Batch] = []
-    engine.model.draft = lambda batch, _: alone.append(batch)  # type: ignore
+    engine.model.draft = noting  # type: ignore[method-assign]
+    if spread:
+        engine.model.drafts_ahead = lambda *_: None  # type: ignore[method-assign]
     deltas_of(engine, Request("r", prompt_of(1, 600), SamplingParams(5, temperature=0.0)))
-    assert engine.steps > 3 and not alone
+    assert engine.steps > 3 and all(rows) and bool(rows) == spread
 
 
 def test_a_cached_prefix_brings_its_drafts_latents(make_engine: EngineMaker) -> None:

@@ -509,14 +509,14 @@ async def test_a_rank_that_can_do_nothing_sleeps(tiny_path: Path, attention: int
 
             loop._put(take)
             await asyncio.to_thread(taken.wait, 5)
-            plans, plan = 0, engine.plan
+            plans, plan = 0, engine._plan
 
             def counting(plan: Any = plan) -> Any:
                 nonlocal plans
                 plans += 1
                 return plan()
 
-            engine.plan = counting  # type: ignore[method-assign]
+            engine._plan = counting  # type: ignore[method-assign]
             request = replace(LONG, sampling=replace(LONG.sampling, max_tokens=3))
             loop.submit(0, 0, replace(request, id="waits"))
             assert engine._grammars is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,7 +19,7 @@ import grpc
 
 from rayseek.cluster.credentials import Gate, credentials
 from rayseek.cluster.placement import ExpertPlacement
-from rayseek.cluster.tokens_pb2 import CopyOf, Piece
+from rayseek.cluster.tokens_pb2 import Copied, CopyOf
 from rayseek.cluster.wire import COPY, SERVICE
 
 if TYPE_CHECKING:
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rayseek.copies")
 
-PIECE_BYTES = 1 << 20  # of a message
-LIMIT_S = 3.0  # for one copy; an expert of V3 has 44 MB
+LIMIT_S = 3.0  # for one copy; an expert of V3 has 44 MB, and comes in one message
+PATIENCE_S = 2 * LIMIT_S  # gRPC has been seen to forget a call, its time limit included
+ANY_SIZE = (("grpc.max_receive_message_length", -1),)
 ASKED = 2  # peers, before the checkpoint is read
 GIVING = 4  # copies that a process gives at once
 
@@ -71,10 +72,10 @@ class CopyServer:
         self._give = give
         self._pool = ThreadPoolExecutor(GIVING, "copies")
         self._server = grpc.server(self._pool, interceptors=[Gate()])
-        copy = grpc.unary_stream_rpc_method_handler(
+        copy = grpc.unary_unary_rpc_method_handler(
             self._copy,
             request_deserializer=CopyOf.FromString,
-            response_serializer=Piece.SerializeToString,
+            response_serializer=Copied.SerializeToString,
         )
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, {COPY: copy}),)
@@ -90,16 +91,14 @@ class CopyServer:
         self._server.stop(grace=None).wait()
         self._pool.shutdown(wait=False)
 
-    def _copy(self, wanted: CopyOf, context: Any) -> Iterator[Piece]:
+    def _copy(self, wanted: CopyOf, context: Any) -> Copied:
         try:
             copy = self._give(wanted.layer, wanted.expert)
         except KeyError:
             context.abort(grpc.StatusCode.NOT_FOUND, "it is not loaded here")
         except OSError as error:
             context.abort(grpc.StatusCode.UNAVAILABLE, f"it cannot be read here: {error}")
-        yield Piece(digest=copy.digest)
-        for begin in range(0, len(copy.data), PIECE_BYTES):
-            yield Piece(data=copy.data[begin : begin + PIECE_BYTES])
+        return Copied(digest=copy.digest, data=copy.data)
 
 
 class Asking:
@@ -134,13 +133,15 @@ class Asking:
             if source not in self._useless:
                 try:
                     return self._copy(source, layer, expert)
-                except grpc.RpcError as error:
-                    if error.code() is not grpc.StatusCode.NOT_FOUND:
+                except (grpc.RpcError, grpc.FutureTimeoutError) as error:
+                    code, why = None, "no answer"
+                    if isinstance(error, grpc.RpcError):
+                        code, why = error.code(), error.details()
+                    if code is not grpc.StatusCode.NOT_FOUND:
                         self._useless.add(source)  # for this load; waiting for it is dear
                     log.warning(
-                        "no copy of expert %d of layer %d from %s: %s",
-                        expert, layer, source, error.details(),
-                    )  # fmt: skip
+                        "no copy of expert %d of layer %d from %s: %s", expert, layer, source, why
+                    )
         return None
 
     def _copy(self, source: str, layer: int, expert: int) -> ExpertCopy:
@@ -148,11 +149,17 @@ class Asking:
 
         with self._opening:
             if source not in self._channels:
-                self._channels[source] = grpc.insecure_channel(source)
-        pieces = self._channels[source].unary_stream(
+                self._channels[source] = grpc.insecure_channel(source, ANY_SIZE)
+            channel = self._channels[source]
+        call = channel.unary_unary(
             f"/{SERVICE}/{COPY}",
             request_serializer=CopyOf.SerializeToString,
-            response_deserializer=Piece.FromString,
-        )(CopyOf(layer=layer, expert=expert), metadata=credentials(), timeout=LIMIT_S)
-        digest = next(pieces).digest
-        return ExpertCopy(b"".join(piece.data for piece in pieces), digest)
+            response_deserializer=Copied.FromString,
+        ).future(CopyOf(layer=layer, expert=expert), metadata=credentials(), timeout=LIMIT_S)
+        try:
+            copied = call.result(PATIENCE_S)
+        except grpc.FutureTimeoutError:
+            with self._opening:
+                self._channels.pop(source, None)  # closing it would wait for the call
+            raise
+        return ExpertCopy(copied.data, copied.digest)

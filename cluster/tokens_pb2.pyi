@@ -228,7 +228,7 @@ class CopyOf(_message.Message):
     expert: int
     def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ...) -> None: ...
 
-class Piece(_message.Message):
+class Copied(_message.Message):
     __slots__ = ("digest", "data")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]

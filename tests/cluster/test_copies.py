@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rayseek.cluster import copies
 from rayseek.cluster.build import build_engine
-from rayseek.cluster.copies import PIECE_BYTES, Asking, CopyServer, Sources
+from rayseek.cluster.copies import Asking, CopyServer, Sources
 from rayseek.cluster.engine import run_to_end
 from rayseek.cluster.placement import ExpertPlacement
 from rayseek.cluster.plan import Member, UnitPlan, Wanted, next_plan
@@ -71,7 +73,7 @@ Serve = Callable[[Callable[[int, int], ExpertCopy]], str]
 
 
 def test_a_copy_arrives_as_it_was_given(serve: Serve) -> None:
-    data = bytes(range(256)) * (PIECE_BYTES // 100)
+    data = bytes(range(256)) * 30_000  # more than gRPC takes by itself
     address = serve(lambda layer, expert: ExpertCopy(data + bytes([layer, expert]), b"digest"))
     with Asking(Sources(ANYWHERE, ("", address)), first=0) as asking:
         assert asking.fetch(1, 2) == ExpertCopy(data + b"\x01\x02", b"digest")
@@ -100,6 +102,24 @@ def test_who_lacks_an_expert_is_asked_for_others_and_who_fails_is_not(serve: Ser
         assert asking.fetch(1, 1) is None
 
 
+def test_a_call_that_grpc_forgets_holds_up_nobody(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own time limit, which is not reached here, can not be relied on."""
+    monkeypatch.setattr(copies, "PATIENCE_S", 0.1)
+    goes_on = threading.Event()
+
+    def silent(layer: int, expert: int) -> ExpertCopy:
+        goes_on.wait(60)
+        raise KeyError(expert)
+
+    good = ExpertCopy(b"data", b"digest")
+    with Asking(Sources(ANYWHERE, (serve(silent), serve(lambda *_: good))), first=0) as asking:
+        assert asking.fetch(1, 1) == good
+        assert asking.fetch(1, 1) == good
+    goes_on.set()
+
+
 def test_strangers_get_no_weights(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "ours")
@@ -114,7 +134,7 @@ def test_strangers_get_no_weights(serve: Serve, monkeypatch: pytest.MonkeyPatch)
 async def test_damaged_copies_are_healed_in_mid_stream(tiny_path: Path) -> None:
     """A rebalance while tokens flow; what one of the ranks gives has a flipped bit."""
     requests = [
-        Request(f"r{i}", tuple(range(3 + i, 40)), SamplingParams(max_tokens=40, seed=i))
+        Request(f"r{i}", tuple(range(3 + i, 40)), SamplingParams(max_tokens=200, seed=i))
         for i in range(12)
     ]
     engine = build_engine(tiny_path, SETTINGS)
@@ -139,12 +159,14 @@ async def test_damaged_copies_are_healed_in_mid_stream(tiny_path: Path) -> None:
 
         server._give = damaged
         asked = asyncio.ensure_future(answers(company, requests))
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.1)
         for layer in before.placement.slots:
             company._load._rows[layer][:] = [9, 1, 9, 1, 9, 1, 9, 1]
         await company.rebalance()
         assert await asked == undisturbed
-        after = company._plans.plan
+        async with asyncio.timeout(30):
+            while (after := company._plans.plan) is before:
+                await asyncio.sleep(0.05)
         assert after is not None and after.placement.slots != before.placement.slots
         good, bad = [(await seat.pulse()).taken for seat in holders]
         assert good is not None and bad is not None

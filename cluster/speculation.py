@@ -147,8 +147,8 @@ class DraftMeter:
         self.drafted = [0] * most
         self.accepted = [0] * most
         self.choice = Choice(0)
-        self._trials = [1.0] * most  # as if one of one had come true: try first
-        self._successes = [1.0] * most
+        self._trials = [4.0] * most  # as if four of four had come true: a trial is short
+        self._successes = [4.0] * most
         self._sizes: dict[int, _Size] = {}
         self._size = _Size(most, 1)
         self._batch = 0

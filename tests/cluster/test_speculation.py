@@ -22,7 +22,6 @@ from rayseek.cluster.speculation import (
     MARGIN,
     SOON,
     TRY_AGAIN,
-    WORTH,
     Choice,
     DraftMeter,
     Measured,
@@ -73,7 +72,7 @@ def test_a_depth_is_on_trial_or_has_the_best_prospect(measured: Measured) -> Non
     lost_once = measured.lost[choice.depth] == 1
     if measured.unused[choice.depth] < (SOON if lost_once else TRY_AGAIN):
         best = max(range(len(rates)), key=lambda d: rates[d])
-        assert rates[choice.depth] * MARGIN * WORTH >= rates[best] * (1 - 1e-9)
+        assert rates[choice.depth] * MARGIN**2 >= rates[best] * (1 - 1e-9)
 
 
 NEVER_LOST = (0, 0, 0), (0, 0, 0), (0.0, 0.0, 0.0)

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import queue
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,16 @@ class Direct:
         self.dead = asyncio.Event()
         self.answers = asyncio.Event()  # not set: as after SIGSTOP
         self.answers.set()
+        self._loading, self._loaded = threading.Lock(), False
+        seat._load, self._load = self._loads, seat._load  # type: ignore[method-assign]
+
+    def _loads(self, *arguments: Any) -> Any:
+        with self._loading:
+            if self.dead.is_set():
+                raise ray.exceptions.ActorDiedError
+            address = self._load(*arguments)
+            self._loaded = True
+            return address
 
     def __getattr__(self, name: str) -> Method:
         return Method(getattr(self.seat, name), self)
@@ -77,7 +88,13 @@ class Direct:
         if self.dead.is_set():
             return
         self.dead.set()
-        await asyncio.get_running_loop().run_in_executor(None, self.seat.stop)
+
+        def stop() -> None:
+            with self._loading:  # what it is starting would outlive it
+                if self._loaded:
+                    self.seat.stop()
+
+        await asyncio.get_running_loop().run_in_executor(None, stop)
 
 
 class DraftingRank(Rank):

@@ -9,6 +9,7 @@ differ; what it costs is a pause, which is measured.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import random
@@ -199,9 +200,14 @@ def disturb(
             kind = make(CHANGE_S)
         else:
             try:
-                rng.choice(victims(root, kind)).send_signal(number)
+                victim = rng.choice(victims(root, kind))
+                with_it = victim.children(recursive=True) if kind == "node" else []
+                victim.send_signal(number)
             except (psutil.Error, IndexError):
                 continue
+            for process in with_it:  # all of a node
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(number)
             if kind == "node":
                 add_node(gcs_address)
         over = time.monotonic()

@@ -36,6 +36,7 @@ from rayseek.serve_app.settings import ApiSettings
 log = logging.getLogger("rayseek.local")
 
 READY_TIMEOUT_S = 1800.0
+NODE_STARTS = 3
 LOOPBACK = "127.0.0.1"
 SERVE_CONNECTIONS = 4096  # of HAProxy, by Serve's default; each takes two open files
 QUICK_NODE_DEATH = {  # Ray's defaults take half a minute to notice
@@ -227,13 +228,29 @@ def running(
 
 
 def add_node(gcs_address: str) -> None:
-    """Another Ray node on this machine: a raylet with ports of its own, below this process."""
-    command = [
-        str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats",
-        f"--address={gcs_address}", "--num-cpus=4", f"--object-store-memory={100 * 2**20}",
-        f"--dashboard-agent-listen-port={free_port()}",
-    ]  # fmt: skip
-    subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Another Ray node on this machine: a raylet with ports of its own, below this process.
+
+    Returns when it is there. Its ports may be taken while it starts; then it ends, and another is
+    started. Raises StartError after a few.
+    """
+    import ray
+
+    def there() -> set[str]:
+        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+    before = there()
+    for _ in range(NODE_STARTS):
+        command = [
+            str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats",
+            f"--address={gcs_address}", "--num-cpus=4", f"--object-store-memory={100 * 2**20}",
+            f"--dashboard-agent-listen-port={free_port()}",
+        ]  # fmt: skip
+        node = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while node.poll() is None:
+            if there() - before:
+                return
+            time.sleep(0.2)
+    raise StartError(f"a Ray node ended {NODE_STARTS} times while it started; see Ray's logs")
 
 
 def _wait_until_ready(url: str) -> None:

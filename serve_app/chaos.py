@@ -174,6 +174,19 @@ def victims(root: psutil.Process, kind: str) -> list[psutil.Process]:
     return found
 
 
+def strike(process: psutil.Process, number: signal.Signals, whole: bool = False) -> None:
+    """Send a process a signal; `whole`: and all that it has started. A node is all that runs on it:
+    of a raylet that is stopped alone, leaders and ranks go on for nobody.
+
+    Raises psutil.Error if the process is gone.
+    """
+    below = process.children(recursive=True) if whole else []
+    process.send_signal(number)
+    for child in below:
+        with contextlib.suppress(psutil.Error):
+            child.send_signal(number)
+
+
 def disturb(
     watch: Watch, arguments: argparse.Namespace, changes: Changes | None, gcs_address: str
 ) -> list[tuple[Blow, float]]:
@@ -200,14 +213,9 @@ def disturb(
             kind = make(CHANGE_S)
         else:
             try:
-                victim = rng.choice(victims(root, kind))
-                with_it = victim.children(recursive=True) if kind == "node" else []
-                victim.send_signal(number)
+                strike(rng.choice(victims(root, kind)), number, whole=kind == "node")
             except (psutil.Error, IndexError):
                 continue
-            for process in with_it:  # all of a node
-                with contextlib.suppress(psutil.Error):
-                    process.send_signal(number)
             if kind == "node":
                 add_node(gcs_address)
         over = time.monotonic()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -39,6 +40,10 @@ READY_TIMEOUT_S = 1800.0
 NODE_STARTS = 3
 LOOPBACK = "127.0.0.1"
 SERVE_CONNECTIONS = 4096  # of HAProxy, by Serve's default; each takes two open files
+# Below those that Linux gives to who asks for any port (from 32768), as Ray does dozens of times
+# while it starts: such a one would be taken between a look and its use. Above those of the workers
+# of `ray start` (to 19999), and not Serve's of replicas (from 30000).
+QUIET_PORTS = range(20_000, 30_000)
 QUICK_NODE_DEATH = {  # Ray's defaults take half a minute to notice
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "1000",
@@ -64,14 +69,16 @@ class Running:
 
 
 def free_port(preferred: int = 0) -> int:
-    """`preferred` if nobody listens there, else any free port of the loopback interface."""
-    for port in (preferred, 0):
+    """`preferred` if nobody listens there on any interface, else another of QUIET_PORTS."""
+    for port in ([preferred] if preferred else []) + random.sample(QUIET_PORTS, 100):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with contextlib.suppress(OSError):
-                probe.bind((LOOPBACK, port))
-                return int(probe.getsockname()[1])
-    raise StartError("no free TCP port on the loopback interface")
+                probe.bind(("", port))
+                return port
+    raise StartError(
+        f"no free TCP port among those from {QUIET_PORTS.start} to {QUIET_PORTS.stop - 1}"
+    )
 
 
 def check_port(host: str, port: int) -> None:
@@ -157,13 +164,8 @@ def running(
     Raises StartError when it cannot start.
     """
     check_port(config.ingress.host, config.ingress.port)
-    grpc_options: dict[str, Any] | None = None
     if config.ingress.grpc_port is not None:
         check_port(config.ingress.host, config.ingress.grpc_port)
-        grpc_options = {
-            "port": config.ingress.grpc_port,
-            "grpc_servicer_functions": SERVICER_FUNCTIONS,
-        }
     folder = Path(tempfile.mkdtemp(prefix="rayseek-", dir="/tmp"))  # short: it holds sockets
     os.environ.update(serve_environment(config, folder))
     if nodes > 1 and deployed is None:  # else as on a cluster
@@ -191,14 +193,7 @@ def running(
         gcs_address = context.address_info["gcs_address"]
         for _ in range(nodes - 1):
             add_node(gcs_address)
-        # Serve waits less for a proxy than a busy machine takes; `/ready` will say when it is up.
-        with contextlib.suppress(TimeoutError, ray.exceptions.ActorDiedError):
-            serve.start(
-                proxy_location="HeadOnly",  # all nodes that this starts are one machine
-                http_options={"host": config.ingress.host, "port": config.ingress.port},
-                grpc_options=grpc_options,
-                logging_config={"log_level": "WARNING"},
-            )
+        _start_proxy(config)
         logs = folder / "ray" / "session_latest" / "logs"
         dashboard = f"http://{context.dashboard_url}"
         file = None
@@ -225,6 +220,28 @@ def running(
                 process.kill()
             shutil.rmtree(folder, ignore_errors=True)
             take_precedence()
+
+
+def _start_proxy(config: Config) -> None:
+    """Start Serve with its proxy on the cluster's first node.
+
+    Raises StartError if the proxy ends while it starts.
+    """
+    from ray import exceptions, serve
+
+    host, port, grpc_port = config.ingress.host, config.ingress.port, config.ingress.grpc_port
+    grpc_options = {"port": grpc_port, "grpc_servicer_functions": SERVICER_FUNCTIONS}
+    try:
+        # Serve waits less for a proxy than a busy machine takes; `/ready` will say when it is up.
+        with contextlib.suppress(TimeoutError, exceptions.ActorDiedError):
+            serve.start(
+                proxy_location="HeadOnly",  # all nodes that this starts are one machine
+                http_options={"host": host, "port": port},
+                grpc_options=grpc_options if grpc_port is not None else None,
+                logging_config={"log_level": "WARNING"},
+            )
+    except exceptions.RayTaskError as error:
+        raise StartError(f"Serve's proxy does not start: {error.cause}") from None
 
 
 def add_node(gcs_address: str) -> None:

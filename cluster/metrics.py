@@ -101,7 +101,7 @@ UNIT = (
              "checkpoint; refused are copies that came damaged.", *OF_RANK, "how"),
     _counter("expert_bytes_taken", "Bytes of those copied and those read.", *OF_RANK, "how"),
     _gauge("placement_version", "Version of the experts' placement.", *OF_UNIT),
-    _gauge("unit_epoch", "Plans since the unit's start.", *OF_UNIT),
+    _gauge("unit_epoch", "Number of the plan in force, ever larger; 0: there is none.", *OF_UNIT),
     _gauge("unit_ranks", "Ranks that take part.", *OF_UNIT, "kind"),
     _gauge("unit_ranks_wanted", "Ranks that the config asks for.", *OF_UNIT, "kind"),
     _gauge("unit_problems", "Ways in which the unit is less than the config asks for.", *OF_UNIT),
@@ -179,7 +179,8 @@ def short(metric: Metric) -> str:
 class Totals:
     """Counters out of totals that others keep: what is new since the last look is added.
 
-    `source`: who counts; a successor counts from zero, and so do we with it.
+    `source`: who counts; a successor counts from zero, and so do we with it. Who takes another
+    place goes on counting there: what is known of it does not depend on the label `rank`.
     """
 
     def __init__(self, meter: Meter) -> None:
@@ -188,7 +189,7 @@ class Totals:
 
     def take(self, source: str, name: str, total: float, **labels: str) -> None:
         seen = self._seen.setdefault(source, {})
-        key = (name, tuple(labels.values()))
+        key = (name, tuple(value for label, value in labels.items() if label != "rank"))
         before = seen.get(key, 0.0)
         if total > before:
             self._meter.add(name, total - before, **labels)

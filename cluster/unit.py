@@ -260,8 +260,12 @@ class Unit:
             self._load.age(time.monotonic() - last)
             last = time.monotonic()
             self._count_rows(pulses)
-            self._report.take(last, {name: pulses.get(name) for name in hands}, self._plans.plan)
-            self._report.publish(self._plans.plan, *self._state)
+            plan = self._plans.plan
+            self._report.take(
+                last, {name: pulses.get(name) for name in hands},
+                plan.members if plan else self._company.present,
+            )  # fmt: skip
+            self._report.publish(plan, *self._state)
 
     def _count_rows(self, pulses: dict[str, Pulse | None]) -> None:
         plan, exchange, placement = self._plans.plan, self._spec.rank.exchange, self._placement

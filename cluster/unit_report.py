@@ -19,6 +19,11 @@ from rayseek.cluster.step_clock import IDLE
 
 MEMORY = 0.2  # weight of the newest second in a measured rate
 QUEUE_S = 10.0  # what an ingress said of its queue counts for so long
+# What a process says of the moment: 0 when it is gone. Only the first are an expert rank's as well.
+MOMENTARY = (
+    "rank_at_seconds", "kv_pages_used", "batch_sequences", "rank_requests_waiting",
+    "prompt_tokens_queued",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +106,19 @@ class UnitReport:
         self._unit, self._role, self._wanted, self._meter = unit, role, wanted, meter
         self._totals = Totals(meter)
         self._rates: dict[str, _Rates] = {}
+        self._shown: set[str] = set()  # places of which anything was published
         self._labels = {"unit": unit, "role": role}
         self._queues: dict[str, tuple[float, float]] = {}  # by ingress: when heard, and how many
 
-    def take(self, now: float, pulses: Mapping[str, Pulse | None], plan: UnitPlan | None) -> None:
-        """now: monotonic seconds. Who did not answer is shown as it was."""
+    def take(
+        self, now: float, pulses: Mapping[str, Pulse | None], members: Sequence[Member]
+    ) -> None:
+        """now: monotonic seconds. Who did not answer is shown as it was. members: as in
+        `places_of`."""
         self._rates = {name: rates for name, rates in self._rates.items() if name in pulses}
         self._totals.forget({**self._rates, "": None})
         self._queues = {n: q for n, q in self._queues.items() if now - q[0] < QUEUE_S}
-        places = places_of(plan, pulses)
+        places = places_of(members)
         for name, pulse in pulses.items():
             if pulse is None or pulse.where == ITS_END:
                 continue
@@ -117,10 +126,11 @@ class UnitReport:
             self._rates[name] = _next(before, now, pulse)
             if name in places:
                 self._publish_rank(name, places[name], pulse)
-        for index in range(self._wanted.attention):
-            if f"attention{index}" not in places.values():  # until its successor is there
-                for gauge in ("kv_pages_used", "batch_sequences", "rank_requests_waiting"):
-                    self._meter.set(gauge, 0, **self._labels, rank=f"attention{index}")
+        there = {places[name] for name in self._rates if name in places}
+        for place in self._shown - there:  # until a successor is there
+            for gauge in MOMENTARY if place.startswith("attention") else MOMENTARY[:1]:
+                self._meter.set(gauge, 0, **self._labels, rank=place)
+        self._shown = there
 
     def hear_of_queue(self, ingress: str, waiting: float, now: float) -> None:
         """An ingress holds back so many sequences that this unit would have."""
@@ -177,7 +187,7 @@ class UnitReport:
         deaths: int,
     ) -> UnitView:
         """All of it for the cluster page."""
-        places = places_of(plan, [m.name for m in present])
+        places = places_of(plan.members if plan else present)
         ranks = [self._rank_view(m, places.get(m.name, "spare")) for m in present]
         experts = None
         if placement is not None:
@@ -298,16 +308,12 @@ class UnitReport:
         )  # fmt: skip
 
 
-def places_of(plan: UnitPlan | None, names: Sequence[str] | Mapping[str, object]) -> dict[str, str]:
-    """Names that mean the same over generations of processes, for those who take part.
-
-    Without a plan, a lone rank is attention0.
-    """
-    if plan is None:
-        return {name: f"attention{i}" for i, name in enumerate(names)}
+def places_of(members: Sequence[Member]) -> dict[str, str]:
+    """Names that mean the same over generations of processes, for those who take part: members of
+    the plan, or all who are there as long as there is none."""
     places: dict[str, str] = {}
     for role in ("attention", "expert"):
-        of_role = [m.name for m in plan.members if m.role == role]
+        of_role = [m.name for m in members if m.role == role]
         places |= {name: f"{role}{i}" for i, name in enumerate(of_role)}
     return places
 

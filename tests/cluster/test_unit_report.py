@@ -124,12 +124,12 @@ def test_lone_rank_and_its_successor() -> None:
     placement = ExpertPlacement(0, {3: (0, 1, 2, 3), 4: (0, 1, 2, 3)}, 4, (0,))
     load = ExpertLoad(ALONE.layers, 4, 60)
     rows = ExpertRows(0, np.array([[9, 1, 0, 0], [0, 0, 4, 6]]))
-    report.take(10.0, {"a": pulse(5, running=3, pages_held=40, queued=500)}, None)
+    member = Member("a", "attention", "n", "")
+    report.take(10.0, {"a": pulse(5, running=3, pages_held=40, queued=500)}, [member])
     load.add(placement, 0, rows.rows)
     report.count_experts(placement, 0, rows)
     now = pulse(9, 1.5, running=3, pages_held=40, queued=500, waiting=5, parked=3)
-    report.take(11.0, {"a": now}, None)
-    member = Member("a", "attention", "n", "")
+    report.take(11.0, {"a": now}, [member])
     state = ([member], placement, load.rows, ["one thing is wrong"], 0)
     report.publish(None, *state)
     assert book.total("kv_pages_used", rank="attention0") == 40
@@ -154,10 +154,10 @@ def test_lone_rank_and_its_successor() -> None:
     assert view["experts"]["rows"] == [[9, 1, 0, 0], [0, 0, 4, 6]]
     assert view["experts"]["imbalance"] == [1, 1]  # one holder has it all
 
-    report.take(12.0, {}, None)  # it died
+    report.take(12.0, {}, [])  # it died
     report.publish(None, [], placement, load.rows, [], 1)
     assert book.total("kv_pages_used") == 0 and book.total("batch_sequences") == 0
-    report.take(13.0, {"b": pulse(2)}, None)
+    report.take(13.0, {"b": pulse(2)}, [replace(member, name="b")])
     assert book.total("steps") == 11 and book.total("rank_deaths") == 1
 
 
@@ -172,13 +172,14 @@ def test_split_unit() -> None:
     loads = {3: [8.0, 0.0, 0.0, 0.0], 4: [1.0, 1.0, 1.0, 1.0]}
     plan = next_plan(None, members, SPLIT, loads)
     assert not isinstance(plan, str)
-    assert set(places_of(plan, names).values()) == {
+    assert set(places_of(plan.members).values()) == {
         "attention0", "attention1", "expert0", "expert1",
     }  # fmt: skip
     silent = replace(pulse(1), load=None, work=None)
     for now in (1.0, 2.0):
         expert = replace(silent, exchanged=Exchanged(0, {"experts": now * 0.7}))
-        report.take(now, {"a": pulse(1), "b": None, "x": expert, "y": expert, "z": silent}, plan)
+        report.take(now, {"a": pulse(1), "b": None, "x": expert, "y": expert, "z": silent},
+                    plan.members)  # fmt: skip
     report.publish(plan, members, plan.placement, loads, [], 3)
     assert book.total("expert_imbalance", layer="3") == 2  # all rows at one of two
     assert book.total("expert_imbalance", layer="4") == 1
@@ -190,6 +191,50 @@ def test_split_unit() -> None:
     assert view.experts is not None and view.experts.holders == ("expert0", "expert1")
     stats = report.to_scale_by(plan.placement, loads)
     assert stats["experts"] == 3 and stats["expert_busy"] == pytest.approx(1.4 / 3)
+
+
+def split_members(*names: str) -> list[Member]:
+    return [Member(n, "expert" if n > "m" else "attention", "n", f"h:{n}") for n in names]
+
+
+def test_who_takes_another_place_is_not_counted_again() -> None:
+    """A survivor moves up in the plan: what it did before is in the series of its old place."""
+    book = Book()
+    report = UnitReport("u", "decode", SPLIT, book)
+    both, survivor = split_members("a", "b"), split_members("b")
+    report.take(1.0, {"a": pulse(10), "b": pulse(20)}, both)
+    assert book.total("steps", rank="attention1") == 20
+    report.take(2.0, {"b": pulse(25)}, survivor)
+    assert book.total("steps", rank="attention0") == 10 + 5
+    assert book.total("steps") == 10 + 25
+    assert book.total("experts_taken", how="copied") == 10 + 25
+
+
+def test_nobody_counts_as_another_kind_before_there_is_a_plan() -> None:
+    book = Book()
+    report = UnitReport("u", "decode", SPLIT, book)
+    loading = replace(pulse(3), load=None, work=None)
+    report.take(1.0, {"x": loading, "a": pulse(5)}, split_members("x", "a"))
+    assert book.total("experts_taken", how="copied", rank="expert0") == 3
+    assert book.total("experts_taken", how="copied", rank="attention0") == 5
+    view = report.view(None, split_members("x", "a"), None, {}, [], 0)
+    assert [r.place for r in view.ranks] == ["attention0", "expert0"]
+
+
+def test_who_is_gone_stands_nowhere() -> None:
+    """Else the last word of one that hung would be an alarm for ever."""
+    book = Book()
+    report = UnitReport("u", "decode", SPLIT, book)
+    everybody = split_members("a", "b", "x", "y")
+    stuck = replace(pulse(1, running=2, queued=70), since_s=60.0)
+    report.take(1.0, {m.name: stuck for m in everybody}, everybody)
+    assert book.total("rank_at_seconds") == 240 and book.total("prompt_tokens_queued") == 280
+    report.take(2.0, {"a": pulse(2), "b": None, "x": pulse(2)}, everybody)
+    assert book.total("rank_at_seconds", rank="expert1") == 0
+    assert book.total("rank_at_seconds", rank="attention1") == 60, "it is only silent"
+    report.take(3.0, {"a": pulse(3), "x": pulse(3)}, everybody)
+    assert book.total("rank_at_seconds", rank="attention1") == 0
+    assert book.total("prompt_tokens_queued", rank="attention1") == 0
 
 
 def test_log_lines_are_json() -> None:

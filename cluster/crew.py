@@ -126,15 +126,20 @@ class Crew:
         if started.member.role == "attention":  # which decides what the others must be
             for other in list(self.hands.values()):
                 if other.member.role == "expert" and not self.admits(other.started):
-                    self.part(other.member.name, "it does not belong here")
+                    self.part(other, "it does not belong here")
         self.changed.set()
         return hand
 
-    def part(self, name: str, why: str) -> None:
+    def has(self, hand: Hand) -> bool:
+        """Whether it is still here: it may have gone, and even have come back, as another."""
+        return self.hands.get(hand.member.name) is hand
+
+    def part(self, hand: Hand, why: str) -> None:
         """Go on without it, if it is still here."""
-        hand = self.hands.pop(name, None)
-        if hand is None:
+        if not self.has(hand):
             return
+        name = hand.member.name
+        del self.hands[name]
         if hand.question is not None:
             hand.question.cancel()
         if hand.leaving:
@@ -147,18 +152,17 @@ class Crew:
     async def _watch(self, hand: Hand) -> None:
         """Until it dies. A call that waits in the process fails some 20 ms after its death. Who
         has parted may work for another unit: what breaks there does not concern this one."""
-        name = hand.member.name
         try:
             while True:
                 broken = await hand.actor.next_break.remote(hand.broken)
-                if self.hands.get(name) is not hand:
+                if not self.has(hand):
                     return
                 hand.broken = broken.epoch
                 if broken.epoch > self.broken_epoch:  # else it is late with old news
                     self.broken_epoch = broken.epoch
                     self.changed.set()
         except ray.exceptions.RayError as error:
-            self.part(name, last_line(error))
+            self.part(hand, last_line(error))
 
     def misfit(self, newcomer: Started) -> str | None:
         """Why a process must not take part, or None: it would compute, or exchange, other things.
@@ -204,7 +208,7 @@ class Crew:
         self.slowest_s = max([self.slowest_s / 2, *answered])
         patience_s = min(patience_s + STARVED * self.slowest_s, 3 * patience_s)
         for name, hand in hands.items():
-            if name not in self.hands:
+            if not self.has(hand):
                 continue  # it parted meanwhile, and its question was cancelled
             if hand.question is not None and hand.question.done():
                 answers[name], hand.question = hand.question.result(), None

@@ -69,6 +69,7 @@ class EngineLimits:
 class Load:
     """What a dispatcher needs to know to choose a rank, and how drafting goes.
 
+    pages_held: of requests that run, and on their way from or to other ranks; a shared one is one.
     drafted, accepted: drafts so far, by how far ahead they were (the first is one token);
     draft_rates: the tokens/s predicted for 0, 1, ... drafts when `draft_depth` was chosen.
     """
@@ -208,7 +209,7 @@ class Engine:
         return Load(
             running=len(self._running),
             waiting=len(self._waiting) + len(self._compiling) + len(self._parked),
-            pages_held=sum(len(s.pages) for s in self._running.values()),
+            pages_held=self.pool.num_pages - self.pool.available,
             pages_total=self.pool.num_pages,
             prompt_tokens_queued=queued,
             draft_depth=self.meter.choice.depth,

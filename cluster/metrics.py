@@ -73,7 +73,7 @@ INGRESS = (
 
 UNIT = (
     _gauge("kv_pages", "KV pages of a rank.", *OF_RANK),
-    _gauge("kv_pages_used", "KV pages that running sequences hold.", *OF_RANK),
+    _gauge("kv_pages_used", "KV pages in use; one that sequences share is one.", *OF_RANK),
     _gauge("batch_sequences", "Sequences that run on a rank.", *OF_RANK),
     _gauge("rank_requests_waiting", "Requests queued at a rank.", *OF_RANK),
     _gauge("prompt_tokens_queued", "Tokens to compute of the requests queued.", *OF_RANK),

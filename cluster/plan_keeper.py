@@ -171,11 +171,11 @@ class PlanKeeper:
         )
         for hand, outcome in zip(crew, outcomes, strict=True):
             if isinstance(outcome, Elsewhere):
-                self._crew.part(hand.member.name, last_line(outcome))
+                self._crew.part(hand, last_line(outcome))
             elif isinstance(outcome, BaseException):
                 why = f"it cannot prepare for plan {plan.epoch}: {last_line(outcome)}"
                 self._kill(hand.actor)
-                self._crew.part(hand.member.name, why)
+                self._crew.part(hand, why)
         return not any(isinstance(outcome, BaseException) for outcome in outcomes)
 
     async def adopted(self, plan: UnitPlan | None) -> None:

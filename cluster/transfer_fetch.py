@@ -118,13 +118,17 @@ class PageFetcher:
         # One page is left to each that runs: nobody is preempted for a prompt to come.
         if missing + match.idle + engine.load.running > pool.available:
             return False
+        try:
+            connection = self._connections.get(fetch.source) or self._connect(fetch.source)
+        except Exception as error:  # no address, thread or memory is left for it
+            self._resting[fetch.source] = time.monotonic() + REST_S
+            self._finish(engine, fetch, f"no connection can be made: {error!r}")
+            return True
+        self._connections[fetch.source] = fetch.connection = connection
         pool.hold(match.pages)
         fetch.local, fetch.pages = list(match.pages), pool.take(missing)
         fetch.handle, fetch.heard = next(self._numbers), time.monotonic()
-        fetch.connection = self._connections.get(fetch.source)
-        if fetch.connection is None:
-            fetch.connection = self._connections[fetch.source] = self._connect(fetch.source)
-        fetch.connection.want(fetch)
+        connection.want(fetch)
         return True
 
     def _rests(self, source: str) -> bool:

@@ -144,7 +144,7 @@ class Unit:
         while self._plans.plan is not None and self._plans.plan.rank_of(name) is not None:
             await asyncio.sleep(0.05)
         await self._plans.adopted(self._plans.plan)
-        self._company.part(name, "it left")
+        self._company.part(hand, "it left")
         with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
             async with asyncio.timeout(ENGAGE_S):
                 await hand.actor.dismiss.remote(self._id)
@@ -246,17 +246,17 @@ class Unit:
             pause = next_look(pulses, deadline, PULSE_S)
             if self._company.somebody_is_silent:
                 pause = LATER_S  # asking took long enough
-            for name, hand in hands.items():
+            for hand in hands.values():
                 if hand.elsewhere is not None:
-                    self._company.part(name, hand.elsewhere)
+                    self._company.part(hand, hand.elsewhere)
             for name, why in culprits(pulses, deadline).items():
-                if name in self._company.hands:
+                if self._company.has(hands[name]):
                     waits = "; ".join(
                         f"{n} at {p.where}" for n, p in pulses.items() if p and p.waits
                     )
                     log.error("killing %s: %s. Waiting for it: %s", name, why, waits or "nobody")
                     self._kill(hands[name].actor)
-                    self._company.part(name, why)
+                    self._company.part(hands[name], why)
             self._load.age(time.monotonic() - last)
             last = time.monotonic()
             self._count_rows(pulses)

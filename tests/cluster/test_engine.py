@@ -219,6 +219,19 @@ def test_preemption_happens_and_changes_nothing(make_engine: EngineMaker) -> Non
     assert {k: tokens_of(v) for k, v in got.items()} == expected
 
 
+def test_a_shared_page_is_held_once(make_engine: EngineMaker) -> None:
+    """Else many answers to one long prompt look like a full rank, and call for another."""
+    engine = make_engine()
+    shared = prompt_of(1, 3 * PAGE_TOKENS)
+    engine.submit(Request("first", (*shared, 7), sampling(max_tokens=30)))
+    engine.step()
+    for i in range(4):
+        engine.submit(Request(f"r{i}", (*shared, 7), sampling(max_tokens=30)))
+    engine.step()
+    assert engine.load.running == 5
+    assert engine.load.pages_held == 3 + 5
+
+
 def test_undefined_ids_are_never_sampled(make_engine: EngineMaker) -> None:
     engine = make_engine()
     undefined = set(engine.chooser.undefined.tolist())

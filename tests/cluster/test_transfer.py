@@ -432,6 +432,26 @@ async def test_a_refused_or_failed_prefill_ends_only_its_own_fetch(
     await split.idle()
 
 
+async def test_a_connection_that_cannot_be_made_costs_a_fetch(
+    split: Split, make_engine: EngineMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No address, no thread, no memory for it: the rank computes the prompt, and lives."""
+    requests = [Request(f"r{i}", prompt_of(i, 300), PARAMS) for i in range(2)]
+    expected = undisturbed(make_engine, requests)
+    await split.start(prefills=True)
+    decode = await split.start(prefills=False)
+
+    def never(host: str) -> None:
+        raise OSError("cannot listen")
+
+    monkeypatch.setattr("rayseek.cluster.transfer_fetch.open_store", never)
+    found = await asyncio.gather(*(split.run(request) for request in requests))
+    assert [tokens for tokens, _ in found] == [expected[r.id] for r in requests]
+    counts = counted(decode)
+    assert counts.fallbacks == 2 and decode.engine_loop.alive
+    await split.idle()
+
+
 async def test_nothing_is_left_behind(make_engine: EngineMaker) -> None:
     """Threads, connections and holds after ranks have come and gone."""
     before = sorted(t.name for t in threading.enumerate())

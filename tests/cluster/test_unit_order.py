@@ -112,7 +112,7 @@ async def test_what_breaks_elsewhere_breaks_nothing_here() -> None:
 
     old = crew.join(actor, started)
     assert await broken(7) == 7
-    crew.part("e", "it works for other, not for unit")
+    crew.part(old, "it works for other, not for unit")
     assert await broken(8) == 7
     crew.join(actor, started)  # it comes back
     assert old.watch is not None and old.watch.done()
@@ -386,8 +386,22 @@ async def test_a_rank_that_loads_for_long_is_in_the_first_plan(
 async def test_who_parts_while_it_is_asked_is_left_out() -> None:
     crew, going = Crew("unit"), Asked()
     started = Started(Member("going", "expert", "n", ""), None, "", ExchangeSettings())
-    crew.hands["going"] = Hand(going, started)
-    asyncio.get_running_loop().call_later(0.05, crew.part, "going", "it died")
+    hand = crew.hands["going"] = Hand(going, started)
+    asyncio.get_running_loop().call_later(0.05, crew.part, hand, "it died")
+    assert await crew.pulses(5, 0) == {}
+
+
+async def test_who_comes_back_while_it_is_asked_is_left_out() -> None:
+    """An expert rank that was elsewhere for a moment: what it was asked before is nobody's now."""
+    crew = Crew("unit")
+    started = Started(Member("e", "expert", "n", ""), None, "", ExchangeSettings())
+    hand = crew.hands["e"] = Hand(Asked(), started)
+
+    def return_() -> None:
+        crew.part(hand, "it works for other, not for unit")
+        crew.hands["e"] = Hand(Asked(), started)
+
+    asyncio.get_running_loop().call_later(0.05, return_)
     assert await crew.pulses(5, 0) == {}
 
 

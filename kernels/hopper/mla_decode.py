@@ -9,6 +9,8 @@ exactly. Reference: `mla_attention_ref`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,8 +23,20 @@ from rayseek.kernels.kv_format import GROUP, Fp8Token
 from rayseek.kernels.ops import PAGE_TOKENS
 
 SPLIT_TOKENS = 1024  # a row whose sequence fits is done in one piece
+PARTS = 2048  # splits of rows that are kept at a time, and then combined: 256 MiB for V3
 HEADS, WARPS, STAGES = 64, 8, 2
 COMBINE_HEADS = 4
+
+
+@triton.jit
+def meet(score, value, highest, total, result):
+    """A running softmax takes in the scores [heads, tokens] and values of some more tokens."""
+    new_highest = tl.maximum(highest, tl.max(score, axis=1))
+    shrink = tl.exp2(highest - new_highest)
+    weight = tl.exp2(score - new_highest[:, None])
+    total = total * shrink + tl.sum(weight, axis=1)
+    result = tl.dot(weight.to(value.dtype), value, result * shrink[:, None])
+    return new_highest, total, result
 
 
 @triton.jit
@@ -46,20 +60,21 @@ def decode_kernel(
     highest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_H,), tl.float32)
     result = tl.zeros((BLOCK_H, C), tl.float32)
-    for start in range(begin, min(begin + SPLIT, length), PAGE):
+    stop = min(begin + SPLIT, length)
+    whole = stop // PAGE * PAGE
+    for start in range(begin, whole, PAGE):
         first = tl.load(table + start // PAGE) * PAGE
-        latent = latents.load([first, 0])
-        key = keys.load([first, C])
-        score = tl.dot(q_latent, latent.T)
-        score = tl.dot(q_rope, key.T, score) * scale_log2
-        score = tl.where((start + s)[None, :] < length, score, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(score, axis=1))
-        shrink = tl.exp2(highest - new_highest)
-        weight = tl.exp2(score - new_highest[:, None])
-        total = total * shrink + tl.sum(weight, axis=1)
-        # What unused slots hold is never seen: their weight is 0, and pages start as zeros.
-        result = tl.dot(weight.to(latent.dtype), latent, result * shrink[:, None])
-        highest = new_highest
+        latent, key = latents.load([first, 0]), keys.load([first, C])
+        score = tl.dot(q_rope, key.T, tl.dot(q_latent, latent.T)) * scale_log2
+        highest, total, result = meet(score, latent, highest, total, result)
+    if whole < stop:  # nobody knows what lies beyond the last token; NaN times 0 is NaN
+        first = tl.load(table + whole // PAGE) * PAGE
+        seen = whole + s < stop
+        latent, key = latents.load([first, 0]), keys.load([first, C])
+        latent = tl.where(seen[:, None], latent, 0.0)
+        score = tl.dot(q_rope, key.T, tl.dot(q_latent, latent.T)) * scale_log2
+        score = tl.where(seen[None, :], score, float("-inf"))
+        highest, total, result = meet(score, latent, highest, total, result)
     at = row.to(tl.int64) * H
     target = out + at * C
     if length > SPLIT:
@@ -71,10 +86,11 @@ def decode_kernel(
 
 
 @triton.jit
-def _piece(latents, scales, first, token, FROM: tl.constexpr, GROUP: tl.constexpr):
-    """The next values of a page's tokens, of one group, in bfloat16."""
+def _piece(latents, scales, first, token, seen, FROM: tl.constexpr, GROUP: tl.constexpr):
+    """The next values of a page's tokens, of one group, in bfloat16; zeros of those not seen."""
     data = latents.load([first, FROM]).to(tl.float32)
-    return (data * tl.load(scales + token + FROM // GROUP)[:, None]).to(tl.bfloat16)
+    data = data * tl.load(scales + token + FROM // GROUP)[:, None]
+    return tl.where(seen[:, None], data, 0.0).to(tl.bfloat16)
 
 
 @triton.jit
@@ -110,14 +126,15 @@ def decode_fp8_kernel(  # noqa: PLR0915  four pieces, each a variable of its own
     for start in range(begin, min(begin + SPLIT, length), PAGE):
         first = tl.load(table + start // PAGE) * PAGE
         token = ((first + s).to(tl.int64) * BYTES + SCALES_AT) // 4
-        k0 = _piece(latents, scales, first, token, 0 * W, GROUP)
-        k1 = _piece(latents, scales, first, token, 1 * W, GROUP)
-        k2 = _piece(latents, scales, first, token, 2 * W, GROUP)
-        k3 = _piece(latents, scales, first, token, 3 * W, GROUP)
+        seen = start + s < length
+        k0 = _piece(latents, scales, first, token, seen, 0 * W, GROUP)
+        k1 = _piece(latents, scales, first, token, seen, 1 * W, GROUP)
+        k2 = _piece(latents, scales, first, token, seen, 2 * W, GROUP)
+        k3 = _piece(latents, scales, first, token, seen, 3 * W, GROUP)
         score = tl.dot(q_rope, keys.load([first, KEYS_AT // 2]).T)
         score = tl.dot(q1, k1.T, tl.dot(q0, k0.T, score))
         score = tl.dot(q3, k3.T, tl.dot(q2, k2.T, score)) * scale_log2
-        score = tl.where((start + s)[None, :] < length, score, float("-inf"))
+        score = tl.where(seen[None, :], score, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(score, axis=1))
         shrink = tl.exp2(highest - new_highest)
         weight = tl.exp2(score - new_highest[:, None])
@@ -172,11 +189,6 @@ def combine_kernel(
     tl.store(target, (result / total[:, None]).to(out.dtype.element_ty), head[:, None] < H)
 
 
-def splits_for(tokens: int) -> int:
-    """Splits of a sequence of so many tokens."""
-    return -(-tokens // SPLIT_TOKENS)
-
-
 def mla_attention(
     q: Tensor,
     pages: Tensor,
@@ -195,37 +207,40 @@ def mla_attention(
     out = torch.empty(rows, heads, latent, dtype=q.dtype, device=q.device)
     if not rows:
         return out
-    splits = splits_for(page_table.shape[1] * PAGE_TOKENS)
-    parts = splits if splits > 1 else 0
-    part = torch.empty(rows, parts, heads, latent, dtype=q.dtype, device=q.device)
-    part_lse = torch.empty(rows, parts, heads, device=q.device)
-    grid = triton.cdiv(heads, HEADS), rows, splits
-    rest = (
-        page_table, sequence, positions, out, part, part_lse, heads, scale * 1.4426950408889634,
-        page_table.stride(0), splits, latent, rope,
-    )  # fmt: skip
+    splits = -(-page_table.shape[1] * PAGE_TOKENS // SPLIT_TOKENS)
+    parts, each = 0, rows
+    if splits > 1:
+        parts, each = splits, min(rows, max(PARTS // splits // 4, 1) * 4)
+    part = torch.empty(each, parts, heads, latent, dtype=q.dtype, device=q.device)
+    part_lse = torch.empty(each, parts, heads, device=q.device)
     tile = {"BLOCK_H": HEADS, "PAGE": PAGE_TOKENS, "SPLIT": SPLIT_TOKENS, "num_warps": WARPS,
             "num_stages": STAGES}  # fmt: skip
+    flat = pages.view(-1, pages.shape[-1])
+    kernel: Any = decode_kernel
+    views: list[Any] = [_tiles(flat, latent), _tiles(flat, rope)]
     if pages.dtype is torch.uint8:
-        token = Fp8Token(latent, rope)
-        data, scales, keys = (view.view(-1, view.shape[-1]) for view in fp8_views(pages))
-        decode_fp8_kernel[grid](
-            q, TensorDescriptor.from_tensor(data, [PAGE_TOKENS, latent // 4]), scales,
-            TensorDescriptor.from_tensor(keys, [PAGE_TOKENS, rope]), *rest, GROUP, token.size,
-            token.scales_at, token.keys_at, **tile,
+        token, (data, scales, keys) = Fp8Token(latent, rope), fp8_views(flat)
+        kernel, views = decode_fp8_kernel, [_tiles(data, latent // 4), scales, _tiles(keys, rope)]
+        tile |= {"GROUP": GROUP, "BYTES": token.size, "SCALES_AT": token.scales_at,
+                 "KEYS_AT": token.keys_at}  # fmt: skip
+    for first in range(0, rows, each):
+        some = slice(first, first + each)
+        kernel[triton.cdiv(heads, HEADS), len(q[some]), splits](
+            q[some], *views, page_table, sequence[some], positions[some], out[some], part,
+            part_lse, heads, scale * 1.4426950408889634, page_table.stride(0), splits, latent, rope,
+            **tile,
         )  # fmt: skip
-    else:
-        flat = pages.view(-1, latent + rope)
-        decode_kernel[grid](
-            q, TensorDescriptor.from_tensor(flat, [PAGE_TOKENS, latent]),
-            TensorDescriptor.from_tensor(flat, [PAGE_TOKENS, rope]), *rest, **tile,
-        )  # fmt: skip
-    if parts:
-        combine_kernel[(rows, triton.cdiv(heads, COMBINE_HEADS))](
-            part, part_lse, positions, out, heads, splits, latent, COMBINE_HEADS, SPLIT_TOKENS,
-            num_warps=4,
-        )  # fmt: skip
+        if parts:
+            combine_kernel[len(q[some]), triton.cdiv(heads, COMBINE_HEADS)](
+                part, part_lse, positions[some], out[some], heads, splits, latent, COMBINE_HEADS,
+                SPLIT_TOKENS, num_warps=4,
+            )  # fmt: skip
     return out
+
+
+def _tiles(flat: Tensor, width: int) -> TensorDescriptor:
+    """What TMA loads a page's tokens by, so many values of each."""
+    return TensorDescriptor.from_tensor(flat, [PAGE_TOKENS, width])
 
 
 def _variants() -> list[Variant]:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rayseek.kernels.hopper.mla_decode import meet
 from rayseek.kernels.hopper.offline import Variant
 
 ROWS, KEYS, WARPS, STAGES = 128, 64, 8, 2
@@ -44,12 +45,7 @@ def prefill_kernel(
         score = tl.dot(q_nope, k_nope)
         score = tl.dot(q_rope, k_rope, score) * scale_log2
         score = tl.where((start + s)[None, :] <= position[:, None], score, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(score, axis=1))
-        shrink = tl.exp2(highest - new_highest)
-        weight = tl.exp2(score - new_highest[:, None])
-        total = total * shrink + tl.sum(weight, axis=1)
-        result = tl.dot(weight.to(value.dtype), value, result * shrink[:, None])
-        highest = new_highest
+        highest, total, result = meet(score, value, highest, total, result)
     target = out + (t.to(tl.int64) * H + head)[:, None] * V + v[None, :]
     result = result / total[:, None]
     tl.store(target, result.to(out.dtype.element_ty), t[:, None] < T)

@@ -93,8 +93,12 @@ def paged(lengths: list[int], width: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("heads, fp8", [(2, False), (66, False), (2, True), (66, True)])
 def test_attention_over_pages(heads: int, fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short and long sequences, one to three rows of each, one split and several."""
+    """Short and long sequences, one to three rows of each, one split and several, some at a time.
+
+    What lies beyond a sequence's last token is not seen, not even a NaN.
+    """
     monkeypatch.setattr(mla_decode, "SPLIT_TOKENS", 128)
+    monkeypatch.setattr(mla_decode, "PARTS", 16)  # of four splits each: four rows at a time
     latent, rope, lengths = 256 if fp8 else 32, 16, [1, 64, 129, 400]
     pages, table = paged(lengths, latent + rope)
     if fp8:
@@ -107,6 +111,10 @@ def test_attention_over_pages(heads: int, fp8: bool, monkeypatch: pytest.MonkeyP
     plain = read_pages_ref(pages, latent, rope).float()
     expected = mla_attention_ref(q.float(), plain, table, sequence, positions, 0.15, latent)
     close(out, expected, 6)
+    for b, n in enumerate(lengths):  # whoever had the page before may have left anything
+        pages[table[b, (n - 1) // PAGE_TOKENS], (n - 1) % PAGE_TOKENS + 1 :] = (
+            0xFF if fp8 else torch.nan
+        )
     for t in range(len(rows)):  # alone, with a table just wide enough: the same bits
         width = int(positions[t]) // PAGE_TOKENS + 1
         one = mla_decode.mla_attention(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import operator
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import Any, Literal
 
 import openai
@@ -57,7 +59,7 @@ class Server:
         )
 
     def wait_until_idle(self) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while self.engine.live:
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -160,12 +162,12 @@ async def test_async_and_side_by_side(serve: Any) -> None:
 
 def test_timeout_frees_the_request(serve: Any) -> None:
     server = serve(lambda request: [60.0])
-    with server.sdk(timeout=0.2, max_retries=0) as client:
+    with server.sdk(timeout=1.0, max_retries=0) as client:
         for stream in (False, True):
             with pytest.raises(openai.APITimeoutError):
                 client.chat.completions.create(model="deepseek-v3", messages=USER, stream=stream)
             server.wait_until_idle()
-    assert len(server.engine.cancelled) == 2
+            assert len(server.engine.cancelled) == 1 + stream
 
 
 async def test_cancel_frees_the_request(serve: Any, api: Any, small: Tokenizer) -> None:
@@ -202,8 +204,8 @@ def test_langchain_text(serve: Any) -> None:
     chunks = list(model.stream(messages))
     assert "".join(str(chunk.content) for chunk in chunks) == TEXT
     assert model.batch(["a", "b"])[1].content == TEXT
-    counts = [chunk.usage_metadata for chunk in chunks if chunk.usage_metadata]
-    assert isinstance(whole, AIMessage) and whole.usage_metadata in counts
+    added = reduce(operator.add, chunks)  # as LangChain's own users do it
+    assert isinstance(whole, AIMessage) and added.usage_metadata == whole.usage_metadata
     assert asyncio.run(model.ainvoke("Hi")).content == TEXT
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -39,10 +40,10 @@ class Client:
         )
 
     async def chat(self, request: ChatRequest) -> ChatReply:
-        return await self._chat(request, metadata=self._metadata, timeout=20)
+        return await self._chat(request, metadata=self._metadata, timeout=120)
 
     def stream(self, request: ChatRequest) -> Any:
-        return self._stream(request, metadata=self._metadata, timeout=20)
+        return self._stream(request, metadata=self._metadata, timeout=120)
 
 
 @pytest.fixture
@@ -171,7 +172,8 @@ async def test_limits_and_failures(api: Any, door: Any, small: Tokenizer) -> Non
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await clients["one"].chat(HI)
     assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert raised.value.details().endswith(("(retry-after: 59)", "(retry-after: 60)"))
+    after = re.search(r"\(retry-after: (\d+)\)$", raised.value.details())
+    assert after and 30 < int(after[1]) <= 60
     some = small.encode_text("abc")
     engine.script = lambda r: [*api.deltas_of(r, some, [1, 2])[:-1], ValueError("x")]
     got: list[str] = []
@@ -189,11 +191,10 @@ async def test_a_caller_who_leaves_frees_its_request(api: Any, door: Any, small:
     await anext(aiter(stream))
     assert engine.live == 1
     stream.cancel()
-    for _ in range(400):
-        if not engine.live:
-            break
-        await asyncio.sleep(0.01)
-    assert engine.live == 0 and len(engine.cancelled) == 1
+    async with asyncio.timeout(120):
+        while engine.live:
+            await asyncio.sleep(0.01)
+    assert len(engine.cancelled) == 1
 
 
 async def test_health(api: Any, door: Any) -> None:

@@ -123,7 +123,7 @@ def test_vendors_python_sample(api: Any, port: int) -> None:
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"deepseek-v3\n{TEXT}"
@@ -135,7 +135,7 @@ def test_vendors_curl_sample(api: Any, port: int) -> None:
     sample = sample.replace("${ServerIP}:8000", f"127.0.0.1:{port}")
     sample = sample.replace("curl ", "curl -s ", 1)
     done = subprocess.run(
-        ["bash", "-c", sample], check=False, capture_output=True, text=True, timeout=60
+        ["bash", "-c", sample], check=False, capture_output=True, text=True, timeout=120
     )
     assert json.loads(done.stdout)["choices"][0]["message"]["content"] == TEXT
 
@@ -198,7 +198,7 @@ def raw_request(port: int, key: str, **fields: Any) -> socket.socket:
     body = json.dumps({"model": "deepseek-v3", "prompt": "a", **fields}).encode()
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # the server feels a reader
-    connection.settimeout(20)
+    connection.settimeout(120)
     connection.connect(("127.0.0.1", port))
     connection.sendall(
         f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
@@ -209,7 +209,7 @@ def raw_request(port: int, key: str, **fields: Any) -> socket.socket:
 
 
 def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -252,7 +252,7 @@ def test_a_client_that_hardly_reads_holds_only_itself(
             with raw_request(port, api.KEY, prompt="longer") as quick:
                 assert quick.recv(100).startswith(b"HTTP/1.1 200")
             time.sleep(0.3)
-        assert engine.live == 1
+        wait_until(lambda: engine.live == 1)
         received = first
         while not received.endswith(b"0\r\n\r\n"):
             received += slow.recv(2**16)

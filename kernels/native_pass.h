@@ -80,7 +80,8 @@ static void run_pass(const Pass& p, const Input_rows& in, const float* hidden,
     int32_t *chosen, *positions, *sequence;
     Carved room(PASS);
     room.want(x, T * D), room.want(all, T * D), room.want(y, T * D), room.want(both, 2 * T * D);
-    room.want(a, T * a_width), room.want(q, T * std::max(q_width, a_width));
+    a_width = q_width = std::max(q_width, a_width);  // they change places
+    room.want(a, T * a_width), room.want(q, T * q_width);
     room.want(heads, T * o_width), room.want(scores, T * E), room.want(weights, T * K);
     room.want(chosen, T * K), room.want(positions, T), room.want(sequence, T);
     room.give();

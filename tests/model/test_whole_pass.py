@@ -33,6 +33,9 @@ CONFIGS = {
     "two dense layers, top 3, not normalised": replace(
         ODD, first_k_dense_replace=2, num_experts_per_tok=3, norm_topk_prob=False
     ),
+    "queries much wider than what they are made of": replace(
+        ODD, num_attention_heads=12, q_lora_rank=8
+    ),
 }
 SHAPES = [  # rows of each sequence, and of how many logits are wanted
     ((1,), (1,)),
@@ -42,6 +45,7 @@ SHAPES = [  # rows of each sequence, and of how many logits are wanted
     ((9, 20, 30), (3, 0, 1)),
     ((4, 5, 6), (0, 0, 0)),
     ((130, 19, 13), (1, 19, 0)),  # more than are multiplied together
+    ((60, 60, 52), (59, 60, 52)),
 ]
 
 
@@ -84,7 +88,7 @@ def test_a_whole_pass_has_the_bits_of_its_operations(ops: NativeOps, stored: Pat
     single._whole = single._whole_draft = None
     generator = torch.Generator().manual_seed(1)
     tables = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    for start, (counts, outs) in zip(range(0, 70, 10), SHAPES, strict=True):
+    for start, (counts, outs) in zip(range(0, 80, 10), SHAPES, strict=True):
         ids = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in counts]
         batch = Batch.of_sequences(ids, [start] * len(ids), tables[: len(ids)], outs)
         one, other = whole.forward(batch), single.forward(batch)

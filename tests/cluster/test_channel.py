@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -41,12 +42,14 @@ from rayseek.cluster.spec import RankSpec
 from rayseek.cluster.speculation import Choice
 from rayseek.cluster.tokens_pb2 import ToRank
 from rayseek.cluster.wire import (
+    SERVER_OPTIONS,
     delta_of,
     refusal_message,
     request_of,
     submit_message,
     update_message,
 )
+from tests.cluster.company import is_idle
 
 EngineMaker = Callable[..., Engine]
 ROOT = Path(__file__).parents[2]
@@ -75,23 +78,21 @@ class Cluster:
     def __init__(self, make_engine: EngineMaker) -> None:
         self._make_engine = make_engine
         self.servers: dict[RankAddress, RankServer] = {}
-        self.dispatcher = Dispatcher(self.discover, patience_s=10, refresh_s=0.1)
+        self.dispatcher = Dispatcher(self.discover, patience_s=120, refresh_s=0.1)
 
     async def discover(self) -> list[RankAddress]:
         return list(self.servers)
 
-    async def start_rank(self, slow: bool = False, **limits: Any) -> RankAddress:
+    async def start_rank(self, pause_s: float = 0.0, **limits: Any) -> RankAddress:
+        """pause_s: added to every step, so that something is left to interrupt."""
         engine = self._make_engine(**limits)
-        if slow:  # so that something is left to interrupt
-            forward = engine.model.forward
+        forward = engine.model.forward
 
-            def slowly(batch: Any) -> Any:
-                import time
+        def slowly(batch: Any) -> Any:
+            time.sleep(pause_s)
+            return forward(batch)
 
-                time.sleep(0.005)
-                return forward(batch)
-
-            engine.model.forward = slowly  # type: ignore[method-assign]
+        engine.model.forward = slowly  # type: ignore[method-assign]
         server = RankServer(engine)
         port = server.start("127.0.0.1")
         address = RankAddress(f"rank-{port}", f"127.0.0.1:{port}")
@@ -100,6 +101,18 @@ class Cluster:
 
     async def kill_rank(self, address: RankAddress) -> None:
         await asyncio.to_thread(self.servers.pop(address).stop)
+
+    async def running(self, address: RankAddress, requests: int = 1) -> None:
+        """Wait until so many run there."""
+        async with asyncio.timeout(120):
+            while self.servers[address].engine_loop.pulse.load.running < requests:
+                await asyncio.sleep(0.005)
+
+    async def idle(self, address: RankAddress) -> None:
+        """Wait until nothing runs there and nothing is held."""
+        async with asyncio.timeout(120):
+            while not await asyncio.to_thread(is_idle, self.servers[address]):
+                await asyncio.sleep(0.02)
 
     async def tokens(self, request: Request, on_token: Callable[[], None] = lambda: None) -> Any:
         found: list[Token] = []
@@ -143,7 +156,7 @@ async def test_death_of_a_rank_changes_no_token(
     requests = wanted(6)
     expected = undisturbed(make_engine, requests)
     drafting = {"draft_tokens": drafts, "blur": 0.3, "policy": lambda *_: Choice(drafts)}
-    first = await cluster.start_rank(slow=True, **drafting)
+    first = await cluster.start_rank(pause_s=0.005, **drafting)
     seen = 0
     reached = asyncio.Event()
 
@@ -173,9 +186,10 @@ async def test_death_of_a_rank_changes_no_token(
 async def test_second_rank_takes_over_at_once(cluster: Cluster, make_engine: EngineMaker) -> None:
     requests = wanted(4)
     expected = undisturbed(make_engine, requests)
-    first, _ = await cluster.start_rank(slow=True), await cluster.start_rank(slow=True)
+    first = await cluster.start_rank(pause_s=0.02)
     runs = [asyncio.create_task(cluster.tokens(r)) for r in requests]
-    await asyncio.sleep(0.15)
+    await cluster.running(first, 4)
+    await cluster.start_rank()
     await cluster.kill_rank(first)
     for request, run in zip(requests, runs, strict=True):
         tokens, _ = await run
@@ -187,27 +201,21 @@ async def test_a_request_that_was_on_three_dying_ranks_ends_with_an_error(
 ) -> None:
     (request,) = wanted(1, max_tokens=900)
     run = asyncio.create_task(cluster.tokens(request))
-    for _ in range(3):
-        address = await cluster.start_rank(slow=True)
-        while not cluster.servers[address].engine_loop.pulse.load.running:
-            await asyncio.sleep(0.01)
+    for _ in range(MAX_DEATHS):
+        address = await cluster.start_rank(pause_s=0.1)  # long before INNOCENT_TOKENS
+        await cluster.running(address)
         await cluster.kill_rank(address)
     _, finish = await run
     assert finish is FinishReason.ERROR
 
 
 async def test_closing_the_iterator_frees_the_rank(cluster: Cluster) -> None:
-    address = await cluster.start_rank(slow=True)
+    address = await cluster.start_rank(pause_s=0.005)
     (request,) = wanted(1, max_tokens=900)
     deltas = cluster.dispatcher.generate(request)
     await anext(deltas)
     await deltas.aclose()
-    server = cluster.servers[address]
-    for _ in range(100):
-        if not server.engine_loop.pulse.load.running:
-            break
-        await asyncio.sleep(0.02)
-    assert server.engine_loop.pulse.load.pages_held == 0
+    await cluster.idle(address)
 
 
 async def test_the_end_is_known_before_it_is_read(cluster: Cluster) -> None:
@@ -216,7 +224,7 @@ async def test_the_end_is_known_before_it_is_read(cluster: Cluster) -> None:
     request = replace(wanted(1)[0], on_end=unread.put_nowait)
     deltas = cluster.dispatcher.generate(request)
     first = await anext(deltas)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(120):
         assert await unread.get() == PARAMS.max_tokens - len(first.tokens)
     (channel,) = cluster.dispatcher._alive()
     assert channel.pressure[0] == channel.load.waiting == 0
@@ -226,18 +234,13 @@ async def test_the_end_is_known_before_it_is_read(cluster: Cluster) -> None:
 
 
 async def test_an_ingress_that_vanishes_frees_the_rank(cluster: Cluster) -> None:
-    address = await cluster.start_rank(slow=True)
+    address = await cluster.start_rank(pause_s=0.005)
     other = Dispatcher(cluster.discover)
     deltas = other.generate(wanted(1, max_tokens=900)[0])
     await anext(deltas)
     with contextlib.suppress(RequestRefused):
         await other.close()
-    server = cluster.servers[address]
-    for _ in range(100):
-        if not server.engine_loop.pulse.load.running:
-            break
-        await asyncio.sleep(0.02)
-    assert server.engine_loop.pulse.load.pages_held == 0
+    await cluster.idle(address)
     await deltas.aclose()
 
 
@@ -263,7 +266,7 @@ async def test_a_submission_on_a_breaking_stream_is_not_left_behind(
     context.end()
     assert list(frames) == []
     late.set()
-    assert await asyncio.to_thread(ended.wait, 5)
+    assert await asyncio.to_thread(ended.wait, 120)
     loop = server.engine_loop
     idle = threading.Event()
 
@@ -272,7 +275,7 @@ async def test_a_submission_on_a_breaking_stream_is_not_left_behind(
             idle.set()
 
     loop._inbox.put(look)
-    assert await asyncio.to_thread(idle.wait, 5)
+    assert await asyncio.to_thread(idle.wait, 120)
     server.stop()
 
 
@@ -302,7 +305,7 @@ async def test_a_rank_that_answers_late_is_used(cluster: Cluster) -> None:
     await channel.ready.wait()
     cluster.dispatcher._channels[address.name] = channel  # known before, and only now alive
     cluster.servers[address] = server
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(120):
         _, finish = await run
     assert finish is FinishReason.LENGTH
 
@@ -311,16 +314,19 @@ async def test_ranks_that_stop_give_their_requests_back(
     cluster: Cluster, make_engine: EngineMaker
 ) -> None:
     """More often than a request may see ranks die; nothing fails, and nothing differs."""
-    requests = wanted(4)
+    requests = wanted(4, max_tokens=300)
     expected = undisturbed(make_engine, requests)
-    here = await cluster.start_rank(slow=True)
+    here = await cluster.start_rank(pause_s=0.03)
     runs = [asyncio.create_task(cluster.tokens(r)) for r in requests]
-    for _ in range(MAX_DEATHS + 1):
-        await asyncio.sleep(0.05)
+    await cluster.running(here, 4)
+    for more in reversed(range(MAX_DEATHS + 1)):
         server = cluster.servers.pop(here)
-        here = await cluster.start_rank(slow=True)
+        here = await cluster.start_rank(pause_s=0.03 if more else 0.0)
         server.retire()
-        await asyncio.sleep(0.05)
+        if more:
+            await cluster.running(here, 4)
+        else:
+            await asyncio.gather(*runs)
         await asyncio.to_thread(server.stop)
     for request, (tokens, finish) in zip(requests, await asyncio.gather(*runs), strict=True):
         assert finish is FinishReason.LENGTH
@@ -339,17 +345,18 @@ async def test_only_who_saw_ranks_die_early_is_suspected(cluster: Cluster, late:
         nonlocal seen
         seen += 1
 
-    here = await cluster.start_rank(slow=True)
+    pause_s = 0.005 if late else 0.1
+    here = await cluster.start_rank(pause_s)
     run = asyncio.create_task(cluster.tokens(request, on_token))
     for death in range(1, MAX_DEATHS + 2):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             while seen < death * INNOCENT_TOKENS and not run.done():
                 await asyncio.sleep(0.001)
                 channels = cluster.dispatcher._channels.values()
                 if not late and any(channel._inboxes for channel in channels if channel.alive):
                     break
         await cluster.kill_rank(here)
-        here = await cluster.start_rank(slow=True)
+        here = await cluster.start_rank(pause_s)
     _, finish = await run
     assert finish is (FinishReason.LENGTH if late else FinishReason.ERROR)
 
@@ -376,16 +383,17 @@ async def test_who_has_no_requests_there_hears_of_the_load(
 ) -> None:
     """An ingress whose last frame told of a long queue would avoid the rank for ever."""
     monkeypatch.setattr("rayseek.cluster.rank_server.QUIET_S", 0.02)
-    quiet = RankChannel(await cluster.start_rank(slow=True))
+    quiet = RankChannel(await cluster.start_rank(pause_s=0.01))
     await quiet.ready.wait()
+    deltas = cluster.dispatcher.generate(wanted(1, max_tokens=900)[0])
+    await anext(deltas)
     try:
-        for busy in (True, False):
-            runs = [asyncio.create_task(cluster.tokens(r)) for r in wanted(20) if busy]
-            async with asyncio.timeout(20):
-                while (quiet.load.running + quiet.load.waiting > 0) != busy:
-                    await asyncio.sleep(0.01)
-            await asyncio.gather(*runs)
-        assert quiet.load.pages_held == 0
+        async with asyncio.timeout(120):
+            while not quiet.load.running:
+                await asyncio.sleep(0.01)
+            await deltas.aclose()
+            while quiet.load.running or quiet.load.pages_held:
+                await asyncio.sleep(0.01)
     finally:
         await quiet.close()
 
@@ -404,7 +412,7 @@ async def test_a_silent_rank_delays_nobody(
         async def discover() -> list[RankAddress]:
             return both
 
-        dispatcher = Dispatcher(discover, patience_s=20, refresh_s=0.1)
+        dispatcher = Dispatcher(discover, patience_s=120, refresh_s=0.1)
         deltas = [delta async for delta in dispatcher.generate(wanted(1)[0])]
         assert deltas[-1].finish is FinishReason.LENGTH
         await dispatcher.close()
@@ -425,7 +433,7 @@ async def test_who_gets_no_thread_is_refused(
     assert [channel.alive for channel in channels] == [True, True, False]
     assert "all 2 streams are taken" in caplog.text
     await channels[0].close()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         while not channels[-1].alive:
             channels.append(RankChannel(address))
             await channels[-1].ready.wait()
@@ -449,7 +457,7 @@ async def test_a_dead_engine_thread_shows_in_the_pulse(tiny_path: Path) -> None:
 
 
 async def test_refusals_say_why(cluster: Cluster) -> None:
-    await cluster.start_rank(context=256, max_queue=1, step=Limits(1, 64, 64), slow=True)
+    await cluster.start_rank(context=256, max_queue=1, step=Limits(1, 64, 64), pause_s=0.005)
     with pytest.raises(RequestRefused, match="exceed the context of 256") as refused:
         await cluster.tokens(replace(wanted(1)[0], prompt_ids=tuple([5] * 250)))
     assert not refused.value.retryable
@@ -466,9 +474,9 @@ async def test_a_full_queue_delays_a_continuation_but_does_not_end_it(
     """Six streams on a rank that dies; its successor runs one at a time and queues one."""
     requests = wanted(6)
     expected = undisturbed(make_engine, requests)
-    first = await cluster.start_rank(slow=True)
+    first = await cluster.start_rank(pause_s=0.02)
     runs = [asyncio.create_task(cluster.tokens(r)) for r in requests]
-    await asyncio.sleep(0.15)
+    await cluster.running(first, 6)
     await cluster.kill_rank(first)
     await cluster.start_rank(max_queue=1, step=Limits(1, 64, 64))
     for request, (tokens, _) in zip(requests, await asyncio.gather(*runs), strict=True):
@@ -491,7 +499,7 @@ async def test_a_request_that_has_begun_has_more_patience(
     expected = undisturbed(make_engine, [request])
     await cluster.dispatcher.close()
     cluster.dispatcher = Dispatcher(cluster.discover, patience_s=0.3, refresh_s=0.1)
-    first = await cluster.start_rank(slow=True)
+    first = await cluster.start_rank(pause_s=0.005)
     begun = asyncio.Event()
     run = asyncio.create_task(cluster.tokens(request, begun.set))
     await begun.wait()

@@ -42,7 +42,6 @@ from rayseek.cluster.spec import RankSpec
 from rayseek.cluster.speculation import Choice
 from rayseek.cluster.tokens_pb2 import ToRank
 from rayseek.cluster.wire import (
-    SERVER_OPTIONS,
     delta_of,
     refusal_message,
     request_of,

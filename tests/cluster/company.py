@@ -273,7 +273,7 @@ def in_engine(server: RankServer, look: Callable[[Engine], Any]) -> Any:
     """What `look` says in the engine's thread."""
     answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
     server.engine_loop._put(lambda engine: answer.put(look(engine)))
-    return answer.get(timeout=5)
+    return answer.get(timeout=120)
 
 
 def is_idle(server: RankServer) -> bool:

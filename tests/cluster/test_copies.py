@@ -106,11 +106,11 @@ def test_a_call_that_grpc_forgets_holds_up_nobody(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own time limit, which is not reached here, can not be relied on."""
-    monkeypatch.setattr(copies, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(copies, "PATIENCE_S", 2.0)
     goes_on = threading.Event()
 
     def silent(layer: int, expert: int) -> ExpertCopy:
-        goes_on.wait(60)
+        goes_on.wait(300)
         raise KeyError(expert)
 
     good = ExpertCopy(b"data", b"digest")
@@ -164,7 +164,7 @@ async def test_damaged_copies_are_healed_in_mid_stream(tiny_path: Path) -> None:
             company._load._rows[layer][:] = [9, 1, 9, 1, 9, 1, 9, 1]
         await company.rebalance()
         assert await asked == undisturbed
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while (after := company._plans.plan) is before:
                 await asyncio.sleep(0.05)
         assert after is not None and after.placement.slots != before.placement.slots

@@ -38,11 +38,8 @@ def json_string(text: str) -> str:
 
 
 def dump(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def event(document: str) -> bytes:
-    return f"data: {document}\n\n".encode()
+    """JSON of a value, UTF-8 kept, on one line."""
+    return on_one_line(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
 
 
 class Head:
@@ -172,14 +169,16 @@ class Answer:
             await pieces.aclose()
 
     def _ending(self, start: str, tail: bytes, *, last: bool) -> bytes:
-        """The end of a choice's last chunk; of the last choice with usage and [DONE]."""
+        """The end of a choice's last chunk; of the last choice with usage and [DONE].
+
+        The usage comes once: LangChain adds up what all chunks say.
+        """
         if not last:
             return tail
-        counts = dump(usage(self.choices))
-        out = f',"usage":{counts}}}\n\n'.encode()
+        counts = f'"usage":{dump(usage(self.choices))}}}\n\n'
         if self._include_usage:
-            out += event(f'{start},"choices":[],"usage":{counts}}}')
-        return out + DONE
+            return tail + f'data: {start},"choices":[],{counts}'.encode() + DONE
+        return f",{counts}".encode() + DONE
 
 
 def logprob_of(value: float | None) -> float:

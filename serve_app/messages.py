@@ -17,13 +17,13 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import from_json
 from starlette.responses import JSONResponse, Response
 
-from rayseek.serve_app.answer import Answer, dump, on_one_line
+from rayseek.serve_app.answer import Answer, dump
 from rayseek.serve_app.chat import chat_answer
 from rayseek.serve_app.errors import ApiError, bad_request
 from rayseek.serve_app.generation import Choice, Piece
 from rayseek.serve_app.protocol import ChatRequest, parse
 from rayseek.serve_app.service import Service
-from rayseek.serve_app.strict import StrictBody
+from rayseek.serve_app.strict import Several, StrictBody
 from rayseek.serve_app.tool_calls import CallArguments, CallEnd, CallEvent, CallHeader
 from rayseek.serve_app.transport import Document, EventStream, Style, read_json
 
@@ -62,7 +62,7 @@ class TextBlock(StrictBody):
     text: str
 
 
-Texts = Annotated[list[TextBlock], BeforeValidator(_blocks)]  # a string is one block
+Texts = Annotated[Several[TextBlock], BeforeValidator(_blocks)]  # a string is one block
 
 
 class ToolUseBlock(StrictBody):
@@ -83,7 +83,7 @@ Block = Annotated[TextBlock | ToolUseBlock | ToolResultBlock, Field(discriminato
 
 class Turn(StrictBody):
     role: Literal["user", "assistant"]
-    content: Annotated[list[Block], BeforeValidator(_blocks)]
+    content: Annotated[Several[Block], BeforeValidator(_blocks)]
 
 
 class ToolDeclaration(StrictBody):
@@ -104,15 +104,15 @@ class CountRequest(StrictBody):
     """What `count_tokens` needs; a Messages request has more."""
 
     model: str
-    messages: list[Turn] = Field(min_length=1)
+    messages: Several[Turn] = Field(min_length=1)
     system: Texts | None = None
-    tools: list[ToolDeclaration] | None = None
+    tools: Several[ToolDeclaration] | None = None
     tool_choice: ToolChoice | None = None
 
 
 class MessagesRequest(CountRequest):
     max_tokens: int = Field(ge=1)
-    stop_sequences: list[str] | None = None
+    stop_sequences: Several[str] | None = None
     stream: bool | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -192,16 +192,13 @@ class MessagesAnswer:
 
     def __init__(self, answer: Answer, model: str) -> None:
         self._answer, self._model = answer, model
-        (self._choice,) = answer.choices
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events, at most one `bytes` per piece. Raises what the engine raises."""
         steps = self._steps()
         try:
             async for events in steps:
-                yield b"".join(
-                    f"event: {e['type']}\ndata: {on_one_line(dump(e))}\n\n".encode() for e in events
-                )
+                yield b"".join(f"event: {e['type']}\ndata: {dump(e)}\n\n".encode() for e in events)
         finally:
             await steps.aclose()
 

@@ -209,6 +209,7 @@ class Ready(Said):
     last_token_age_s: float | None
     model: str
     reason: str = ""
+    degraded: list[str] = Field(default=[], description="What is missing meanwhile.")
 
 
 HEADERS: dict[int, Json] = {

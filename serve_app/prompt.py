@@ -7,18 +7,20 @@ for structure. The order rules of messages, with DeepSeek's own error texts, are
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
-from rayseek.serve_app.errors import ApiError, bad_request
+from rayseek.serve_app.errors import bad_request
 from rayseek.serve_app.tokenizer import Control, Prompt
 from rayseek.serve_app.vendor_prompts import system_prompt
 
 Role = Literal["system", "user", "assistant", "tool"]
 DEFAULT_SYSTEM = "You are a helpful Assistant."
+MAX_TOOLS_CHARS = 2**20  # of all of a request's, as the prompt shows them; no context holds more
+_INDENTED = json.JSONEncoder(indent=4, ensure_ascii=False)
 JSON_MODE = "\n\n## Response Format\n\nReply with JSON object ONLY."
 
 UNANSWERED_CALLS = (
@@ -147,13 +149,26 @@ def _system_text(
     if tools or json_mode:
         text = text or DEFAULT_SYSTEM
     if tools:
-        blocks = (
-            f"- `{tool['name']}`:\n```json\n{json.dumps(tool, indent=4, ensure_ascii=False)}\n```"
-            for tool in tools
-        )
         text += "\n\n## Tools\n\n### Function\n\nYou have the following functions available:\n\n"
-        text += "\n".join(blocks)
+        text += "\n".join(_tool_blocks(tools))
     return text + JSON_MODE if json_mode else text
+
+
+def _tool_blocks(tools: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Each tool as the model sees it. Raises ApiError (400) before they are far too long: indented,
+    a deep schema has hundreds of times the characters that were sent."""
+    room = MAX_TOOLS_CHARS
+    for tool in tools:
+        pieces: list[str] = []
+        for piece in _INDENTED.iterencode(tool):
+            pieces.append(piece)
+            room -= len(piece)
+            if room < 0:
+                raise bad_request(
+                    f"tools: in the prompt they have more than {MAX_TOOLS_CHARS:,} characters",
+                    param="tools",
+                )
+        yield f"- `{tool['name']}`:\n```json\n{''.join(pieces)}\n```"
 
 
 def _write_calls(out: _Writer, calls: Sequence[ToolCall]) -> None:
@@ -172,48 +187,43 @@ def in_call_order(messages: Sequence[Message]) -> list[Message]:
     with DeepSeek's texts (spec section 6.5).
     """
     ordered: list[Message] = []
-    waiting: list[str] = []  # ids of calls not answered yet
-    results: list[tuple[int, Message]] = []  # (index of the call, its result)
-    calls: list[str] = []
+    places: dict[str | None, list[int]] = {}  # of the results that must come now, by their call
+    missing = 0  # of these results
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if message.role == "system":
             ordered.append(message)
-            continue
-        if message.role == "tool":
-            if message.tool_call_id not in waiting:
+        elif message.role == "tool":
+            if not places.get(message.tool_call_id):
                 raise bad_request(STRAY_RESULT, param=f"{where}.tool_call_id")
-            taken = {position for position, _ in results}
-            position = next(
-                i for i, c in enumerate(calls) if c == message.tool_call_id and i not in taken
-            )
-            results.append((position, message))
-            waiting.remove(message.tool_call_id)
-            if not waiting:
-                ordered += [result for _, result in sorted(results, key=lambda r: r[0])]
-                results, calls = [], []
-            continue
-        if waiting:
-            raise bad_request(UNANSWERED_CALLS, param=where)
-        _check_assistant(message, where, last=index == len(messages) - 1)
-        calls = [call.id for call in message.tool_calls]
-        waiting = list(calls)
-        ordered.append(message)
-    if waiting:
+            ordered[places[message.tool_call_id].pop()] = message
+            missing -= 1
+        else:
+            if missing:
+                raise bad_request(UNANSWERED_CALLS, param=where)
+            _check_assistant(message, where, last=index == len(messages) - 1)
+            ordered.append(message)
+            places, missing = {}, len(message.tool_calls)
+            for place, call in reversed([*enumerate(message.tool_calls, len(ordered))]):
+                places.setdefault(call.id, []).append(place)
+            ordered += [message] * missing  # until their results come
+    if missing:
         raise bad_request(UNANSWERED_CALLS, param=f"messages[{len(messages) - 1}]")
     return ordered
 
 
 def _check_assistant(message: Message, where: str, *, last: bool) -> None:
     """Raises ApiError for an assistant message that says nothing or is a prefix out of place."""
-    problem: ApiError | None = None
     if message.role == "assistant" and message.content is None and not message.tool_calls:
-        problem = bad_request(EMPTY_ASSISTANT, param=where)
-    elif message.prefix and message.role != "assistant":
-        problem = bad_request("prefix needs a message of role assistant", param=f"{where}.prefix")
-    elif message.prefix and not last:
-        problem = bad_request("prefix must be on the last message", param=f"{where}.prefix")
-    elif message.prefix and (message.tool_calls or message.content is None):
-        problem = bad_request("a prefix is text, without tool_calls", param=f"{where}.prefix")
-    if problem:
-        raise problem
+        raise bad_request(EMPTY_ASSISTANT, param=where)
+    if not message.prefix:
+        return
+    if message.role != "assistant":
+        problem = "prefix needs a message of role assistant"
+    elif not last:
+        problem = "prefix must be on the last message"
+    elif message.tool_calls or message.content is None:
+        problem = "a prefix is text, without tool_calls"
+    else:
+        return
+    raise bad_request(problem, param=f"{where}.prefix")

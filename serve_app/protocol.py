@@ -30,10 +30,10 @@ from rayseek.serve_app.attachments import (
 )
 from rayseek.serve_app.errors import bad_request, from_validation
 from rayseek.serve_app.prompt import Message, ToolCall
-from rayseek.serve_app.strict import StrictBody, wrong
+from rayseek.serve_app.strict import Several, StrictBody, wrong
 from rayseek.serve_app.vendor_prompts import file_prompt
 
-MAX_STOPS, MAX_STOP_CHARS = 16, 1024
+MAX_STOPS, MAX_STOP_CHARS, MAX_BIASES = 16, 1024, 1024
 DEFAULT_PROMPT = "Once upon a time, "  # DeepSeek's
 INT64 = 2**63
 
@@ -57,6 +57,12 @@ def _stop_list(value: object) -> object:
     if not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
         raise wrong(f"each stop string must have 1 to {MAX_STOP_CHARS} characters")
     return stops
+
+
+def _few_biases(value: object) -> object:
+    if isinstance(value, dict) and len(value) > MAX_BIASES:  # told before they are looked at
+        raise wrong(f"at most {MAX_BIASES} tokens may have a bias, not {len(value)}")
+    return value
 
 
 def _prompts(value: object) -> object:
@@ -129,16 +135,16 @@ class GenerationFields(StrictBody):
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = None
     n: int | None = Field(None, ge=1, lt=INT64)
-    stop: Annotated[list[str] | None, BeforeValidator(_stop_list), WithJsonSchema(STOP_SCHEMA)] = (
-        None
-    )
+    stop: Annotated[
+        Several[str] | None, BeforeValidator(_stop_list), WithJsonSchema(STOP_SCHEMA)
+    ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, max_length=1024
-    )
+    logit_bias: Annotated[
+        dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, BeforeValidator(_few_biases)
+    ] = Field(None, max_length=MAX_BIASES)
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
     # vLLM's extensions
     top_k: int | None = Field(None, ge=-1, description="0 and -1: off.")
@@ -186,7 +192,7 @@ class CalledTool(StrictBody):
 class ChatMessage(StrictBody):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
-    tool_calls: list[CalledTool] | None = None
+    tool_calls: Several[CalledTool] | None = None
     tool_call_id: str | None = None
     prefix: bool | None = None
 
@@ -240,7 +246,7 @@ class ResponseFormat(StrictBody):
 
 
 class ChatRequest(GenerationFields):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Several[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, description="Wins over max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -255,7 +261,7 @@ class ChatRequest(GenerationFields):
     web_search_results: WebSearchResults | None = Field(
         None, description="Pages for the last user message, to be cited as [citation:X]."
     )
-    modalities: list[Literal["text"]] | None = None
+    modalities: Several[Literal["text"]] | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
     audio: Annotated[None, _refused("this model has no audio")] = None

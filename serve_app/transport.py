@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,9 +34,11 @@ class AnyCaseMethod:
 
 async def read_json(request: Request, limit_bytes: int) -> Any:
     """The body as JSON, strings free of lone surrogates. Raises ApiError (400, 413)."""
-    body = await _read_body(request, limit_bytes)
     try:
+        body = await _read_body(request, limit_bytes)
         return parse_json(body.decode("utf-8-sig"), "the body")
+    except ClientDisconnect:
+        raise bad_request("the connection ended within the body") from None
     except UnicodeDecodeError as error:
         raise bad_request(f"the body is not valid UTF-8: {error.reason} at {error.start}") from None
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rayseek.cluster.request import Delta, FinishReason, RequestRefused, Token
+from rayseek.serve_app.openapi import Ready
 from rayseek.serve_app.readiness import told_moves
 from rayseek.serve_app.service import Service
 from rayseek.serve_app.settings import ApiSettings
@@ -256,6 +257,7 @@ async def test_ready_tells_which_requests_moved(
     assert sentence.startswith("7 requests moved") and "last 60 s" in sentence
     assert sentence.endswith("the last: id-3, id-6, id-5, id-4, id-2, and 2 before")
     assert told_moves([]) == []
+    Ready.model_validate(state)
 
 
 async def test_stop_string_cancels_the_engine(

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from rayseek.cluster.request import Delta, Request, Token
 from rayseek.cluster.wire import request_of, submit_message
+from rayseek.serve_app import protocol
+from rayseek.serve_app.errors import from_validation
 from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Tokenizer
 
@@ -106,6 +108,15 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
     ({"tools": [TOOL] * 129}, "tools"),
 ]
+
+
+NESTED: Any = [0] * 6000
+for _ in range(60):
+    NESTED = [NESTED]
+BAD_FIELDS.append(  # 18 KB, indented 1.5 MB
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"x": NESTED}}}]},
+     "tools")
+)  # fmt: skip
 
 
 def is_openai_error(reply: Any, status: int) -> dict[str, Any]:
@@ -220,6 +231,39 @@ async def test_far_too_much_is_refused_before_it_is_tokenised(
         message = reply.json()["error"]["message"]
     assert ("choices" if parts > 1 and path == "/v1/completions" else "maximum context") in message
     assert encoded < 70_000
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"messages": [0] * 5000}),
+        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [0] * 5000}]}),
+        (CHAT, {"stop": [0] * 5000}),
+        (CHAT, {"modalities": [0] * 5000}),
+        (CHAT, {"logit_bias": {str(i): "" for i in range(5000)}}),
+        (CHAT, {"tools": [0] * 5000}),
+        ("/v1/completions", {"stop_token_ids": [""] * 5000}),
+        ("/v1/messages", {"messages": [0] * 5000}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": [0] * 5000}]}),
+        ("/v1/messages", {"system": [0] * 5000, "tools": [0] * 5000, "stop_sequences": [0] * 5000}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+async def test_of_many_wrong_items_one_is_told(
+    api: Any, small: Tokenizer, settings: ApiSettings, monkeypatch: pytest.MonkeyPatch, path: str,
+    fields: dict[str, Any],
+) -> None:  # fmt: skip
+    """The problems of 800 KB of zeros took 400 MB."""
+    told: list[int] = []
+
+    def counted(problems: Sequence[Any]) -> Any:
+        told.append(len(problems))
+        return from_validation(problems)
+
+    monkeypatch.setattr(protocol, "from_validation", counted)
+    async with api.client_of(api.build_app(settings, small, api.saying(small))) as client:
+        reply = await client.post(path, json={**BODY, "max_tokens": 5, **fields})
+    assert reply.status_code == 400 and told[0] <= 3
 
 
 async def test_unknown_paths_methods_and_keys(
@@ -340,6 +384,34 @@ def test_every_integer_is_refused_or_reaches_a_rank(
     asyncio.run(run())
 
 
+def scope_of(key: str) -> dict[str, Any]:
+    return {
+        "type": "http", "method": "Post", "path": CHAT, "raw_path": CHAT.encode(),
+        "headers": [(b"authorization", f"Bearer {key}".encode())],
+        "query_string": b"", "root_path": "", "scheme": "http", "server": ("test", 80),
+        "client": ("test", 1), "http_version": "1.1", "asgi": {"version": "3.0"},
+    }  # fmt: skip
+
+
+async def test_who_leaves_while_sending_is_no_error_of_the_server(
+    api: Any, small: Tokenizer, settings: ApiSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = api.build_app(settings, small, api.saying(small))
+    inbox = iter([{"type": "http.request", "body": b"{", "more_body": True},
+                  {"type": "http.disconnect"}])  # fmt: skip
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return next(inbox)
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    await app(scope_of(api.KEY), receive, send)
+    assert sent[0]["status"] == 400
+    assert not [record for record in caplog.records if record.name == "rayseek.api"]
+
+
 @pytest.mark.parametrize(("stream", "reads"), [(False, True), (True, True), (True, False)])
 async def test_disconnect_cancels_the_request(
     api: Any, small: Tokenizer, settings: ApiSettings, stream: bool, reads: bool
@@ -361,13 +433,7 @@ async def test_disconnect_cancels_the_request(
             stuck.set()
             await asyncio.Event().wait()
 
-    headers = [(b"authorization", f"Bearer {api.KEY}".encode())]
-    scope = {
-        "type": "http", "method": "Post", "path": CHAT, "raw_path": CHAT.encode(),
-        "headers": headers,
-        "query_string": b"", "root_path": "", "scheme": "http", "server": ("test", 80),
-        "client": ("test", 1), "http_version": "1.1", "asgi": {"version": "3.0"},
-    }  # fmt: skip
+    scope = scope_of(api.KEY)
     exchange = asyncio.create_task(app(scope, inbox.get, send))
     while not (engine.live if reads else stuck.is_set()):
         await asyncio.sleep(0.001)

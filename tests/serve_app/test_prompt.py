@@ -212,6 +212,26 @@ def test_order_rules(messages: list[Message], text: str) -> None:
     assert raised.value.status == 400 and raised.value.param is not None
 
 
+def test_many_results_cost_no_more_each_than_few() -> None:
+    """When time grew with the square, 8 MiB of them held up all other callers for minutes."""
+    looks = 0
+
+    class Id(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal looks
+            looks += 1
+            return str.__eq__(self, other)
+
+    count = 1000
+    calls = tuple(ToolCall(Id(i), "f", "{}") for i in range(count))
+    results = [Message("tool", str(i), (), Id(i)) for i in reversed(range(count))]
+    ordered = in_call_order([Message("assistant", None, calls), *results])
+    assert [message.content for message in ordered[1:]] == [str(i) for i in range(count)]
+    assert looks < 5 * count
+
+
 def test_a_user_may_speak_right_after_tool_results() -> None:
     """The template leaves the outputs open then; so do we."""
     one = Message("assistant", "", (ToolCall("1", "f", "{}"),))

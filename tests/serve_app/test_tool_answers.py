@@ -96,6 +96,17 @@ async def test_the_sdk_reads_recorded_outputs_streamed_and_whole(
         assert answer.usage.completion_tokens == len([i for i in vector["ids"] if i != 1])
 
 
+async def test_a_name_of_several_lines_to_some_clients_is_on_one(
+    api: Any, small: Tokenizer, settings: ApiSettings
+) -> None:
+    begin = [Control.CALLS_BEGIN, Control.CALL_BEGIN, "function", Control.TOOL_SEP]
+    ids = small.encode_prompt((*begin, "a\u2028b\n{}", Control.CALL_END, Control.CALLS_END))
+    engine = api.ScriptedEngine(lambda request: api.deltas_of(request, [*ids, small.eos_id]))
+    async with api.client_of(api.build_app(settings, small, engine)) as http:
+        reply = await http.post("/v1/chat/completions", json={**ASK, "stream": True})
+    assert "a\\u2028b" in reply.text and "\u2028" not in reply.text
+
+
 async def test_round_trip_with_tool_results(
     sdk: Any, engine: Any, v3: Tokenizer, vectors: dict[str, Any]
 ) -> None:

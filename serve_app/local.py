@@ -119,6 +119,14 @@ def cluster_environment(config: Config, proxies: int | None = None) -> dict[str,
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
         # Who is killed and hangs is ended after this. Ray's 5 s are for a goodbye; ours need none.
         "RAY_kill_worker_timeout_milliseconds": "500",
+        # Ray places one group after the other, and waits for the answer of a node that hangs or has
+        # lost its power: by default five minutes and two more. Its servers ask as often as this.
+        "RAY_grpc_client_keepalive_time_ms": "10000",
+        "RAY_grpc_client_keepalive_timeout_ms": "10000",
+        # Then a call waits until the node is known to be dead, which is looked up after 1, 2, 4 ...
+        # 60 s, by each call of those that wait in turn.
+        "RAY_raylet_rpc_server_reconnect_timeout_max_s": "2",
+        "RAY_core_worker_rpc_server_reconnect_timeout_max_s": "2",
         # A proxy takes longer than Serve's 5 s to start on half a CPU, and would be started anew.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_SERVE_HAPROXY_MAXCONN": str(connections(config, proxies)),
@@ -217,7 +225,8 @@ def running(
             ray.shutdown()  # ends every process; serve.shutdown would drain for half a minute
             _, left = psutil.wait_procs(started, timeout=10)
             for process in left:
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             shutil.rmtree(folder, ignore_errors=True)
             take_precedence()
 

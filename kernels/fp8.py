@@ -13,13 +13,13 @@ from rayseek.kernels.ops import Weight
 
 BLOCK = 128  # rows and columns that share a scale
 E4M3_MAX = 448.0
+LEAST = 2.0**-100  # values of a group without a larger one become zeros: its scale would be none
 
 
 def quantise_blocks_ref(w_NK: Tensor) -> Weight:
     """Any float [N, K] as e4m3 with scales amax / 448 (1 for a block of zeros)."""
     blocks = _blocks(w_NK.float())
-    amax = blocks.abs().amax(dim=(1, 3))
-    scale = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
+    scale = _scales(blocks.abs().amax(dim=(1, 3)))
     data = (blocks / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
     n, k = w_NK.shape
     flat = data.reshape(data.shape[0] * BLOCK, -1)[:n, :k]
@@ -31,8 +31,7 @@ def quantise_rows_ref(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     rows, k = x_TK.shape
     padded = torch.nn.functional.pad(x_TK.float(), (0, -k % BLOCK))
     groups = padded.view(rows, -(-k // BLOCK), BLOCK)
-    amax = groups.abs().amax(dim=-1)
-    scale = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
+    scale = _scales(groups.abs().amax(dim=-1))
     data = (groups / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).flatten(1)[:, :k]
     return data.to(torch.float8_e4m3fn).contiguous(), scale.T.contiguous()
 
@@ -58,6 +57,10 @@ def dequantise_ref(weight: Weight) -> Tensor:
         )
     rows = weight.scale_inv.float().repeat_interleave(BLOCK, 0)[:n]
     return weight.data.float() * rows.repeat_interleave(BLOCK, 1)[:, :k]
+
+
+def _scales(amax: Tensor) -> Tensor:
+    return torch.where(amax > LEAST, amax / E4M3_MAX, 1.0)
 
 
 def _blocks(w_NK: Tensor) -> Tensor:

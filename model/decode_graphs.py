@@ -94,7 +94,8 @@ class DecodeGraphs:
         self._pass(inputs)  # compiles what is not compiled yet, which a recording cannot
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Meanwhile other threads may hand pages over, which allocates and waits.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._pass(inputs)
         return _Graph(graph, inputs)
 

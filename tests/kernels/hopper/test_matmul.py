@@ -44,6 +44,20 @@ def test_quantisation_is_the_reference(rows: int, k: int, wide: bool) -> None:
     same_bits(quantise.quantise(x), quantise_rows_ref(x))
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+def test_values_too_small_for_a_scale_become_zeros() -> None:
+    """As where gates are so low that a product underflows; 0 / 0 would be NaN."""
+    x = torch.zeros(2, 256)
+    x[0, 3], x[0, 200], x[1, 7] = 1e-44, 1.0, 5e-39
+    got = quantise.quantise(x)
+    same_bits(got, quantise_rows_ref(x))
+    assert dequantise_rows_ref(*got).count_nonzero() == 1
+    gates, up = torch.full((1, 128), -86.0), torch.full((1, 128), 1e-9)
+    gates[0, 5] = -100
+    gated = quantise.quantise(torch.cat([gates, up], 1).bfloat16(), gated=True)
+    assert dequantise_rows_ref(*gated).count_nonzero() == 0
+
+
 def test_quantisation_after_silu_keeps_values_and_spares_unused_rows() -> None:
     x = random(4, 400).bfloat16()
     gate, up = x.float().chunk(2, dim=1)

@@ -131,7 +131,7 @@ class Unit:
     mode: Mode = "exact"
     hierarchical: bool = False
     redundant: int = 0
-    timeout_s: float = 60.0
+    timeout_s: float = 600.0
     exchanges: dict[int, Exchange] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -323,7 +323,7 @@ def test_whoever_leaves_ends_the_pass_for_all(
 
     start = time.monotonic()
     outcomes = unit.run(work)
-    assert left.is_set() and time.monotonic() - start < 30
+    assert left.is_set() and time.monotonic() - start < unit.timeout_s / 2
     assert all(isinstance(outcome, ExchangeBroken) for outcome in outcomes)
     assert all("pass 5, layer 1" in str(outcome) for outcome in outcomes[:3]), outcomes
 
@@ -335,7 +335,7 @@ def test_a_stalled_member_can_be_told_from_those_who_wait(every: Everything, sto
     positions: list[Position] = []
 
     def look() -> None:
-        end = time.monotonic() + 50
+        end = time.monotonic() + 300
         while [p[:3] for p in positions] != wanted and time.monotonic() < end:
             time.sleep(0.01)
             positions[:] = [exchange.position for _, exchange in sorted(unit.exchanges.items())]
@@ -394,7 +394,7 @@ def test_a_killed_process_is_noticed_by_all_at_once(store: Stores) -> None:
         victim = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         assert victim.returncode == -signal.SIGKILL, victim.stderr
         died = float(victim.stdout)
-        assert all(0 <= each.result() - died < 10 for each in noticed)
+        assert all(0 <= each.result() - died < 60 for each in noticed)
 
 
 @pytest.mark.parametrize("mode", MODES)

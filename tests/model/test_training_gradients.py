@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rayseek.kernels.select import choose_ops
+from rayseek.kernels.select import Preference, choose_ops
 from rayseek.model.batch import Batch
 from rayseek.model.checkpoint import Checkpoint
 from rayseek.model.inventory import Kind, inventory
@@ -152,10 +152,13 @@ def places(documents: list[list[int]]) -> Iterator[tuple[int, int, list[int]]]:
             begin += len(documents[d])
 
 
-def test_the_assessment_is_by_hand(path: Path, documents: list[list[int]]) -> None:
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+def test_the_assessment_is_by_hand(
+    path: Path, documents: list[list[int]], kernels: Preference
+) -> None:
     """Perplexity of the answers only, every token routed once, the MTP module's too."""
     texts = [Text(ids, [i >= len(ids) // 2 for i in range(len(ids))]) for ids in documents]
-    ops = choose_ops(prefer="reference").ops
+    ops = choose_ops(prefer=kernels).ops
     found = assess(path, texts, ops)
     served = load_model(path, ops, "cpu", 1, ROW)
     losses = []

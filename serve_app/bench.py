@@ -26,6 +26,7 @@ from rayseek.cluster.config import (
     ModelSettings,
 )
 from rayseek.serve_app.bench_figures import Clock, Point, Result, print_table, summarise
+from rayseek.serve_app.conformance import open_endpoint
 
 if TYPE_CHECKING:
     from rayseek.cluster.engine import Engine
@@ -146,7 +147,7 @@ async def http_stream(url: str, key: str, body: dict[str, Any]) -> Clock:
     writer.write(head.encode() + payload)
     status = await reader.readline()
     if b" 200 " not in status:
-        raise RuntimeError(f"{url} answered {status!r}: {(await reader.read(2000)).decode()}")
+        raise ValueError(f"{url} answered {status!r}: {(await reader.read(2000)).decode()}")
     pending, last = b"", b""
     while data := await reader.read(2**16):
         events = (pending + data).split(b"\n\n")
@@ -235,8 +236,8 @@ def run(arguments: argparse.Namespace) -> None:
     results: list[Result] = []
     if arguments.url:
         vocab = ordinary_ids(arguments.model) if arguments.model else 1000
-        name = arguments.name or "deepseek-v3"
-        results += http_results(arguments.url, arguments.url, arguments.key, name, vocab, points)
+        at = open_endpoint(arguments.url, arguments.key, arguments.name)
+        results += http_results(arguments.url, at.base, arguments.key, at.model, vocab, points)
     else:
         model = arguments.model or made_model(cache_folder() / "models" / "bench-random-v1", BENCH)
         settings = EngineSettings(kv_dtype=arguments.kv_dtype)

@@ -80,20 +80,9 @@ def prompts(count: int, seed: int) -> list[dict[str, object]]:
     """Requests of different lengths and settings, each with its own seed."""
     rng = random.Random(seed)
     words = [
-        "count",
-        "sort",
-        "the",
-        "numbers",
-        "please",
-        "tell",
-        "me",
-        "about",
-        "experts",
-        "from",
-        "one",
-        "to",
-        "nine",
-    ]
+        "count", "sort", "the", "numbers", "please", "tell", "me", "about", "experts", "from",
+        "one", "to", "nine",
+    ]  # fmt: skip
     return [
         {
             "prompt": " ".join(rng.choices(words, k=rng.choice([4, 12, 60, 200]))),

@@ -15,44 +15,40 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import quote
 
-from rayseek.cluster.config import Config, ConfigFileError, load_config
 from rayseek.serve_app.arguments import parser
-from rayseek.serve_app.start import config_folder, key_file, started
-
-
-def fail(message: object) -> NoReturn:
-    print(f"rayseek: {message}", file=sys.stderr)
-    sys.exit(1)
+from rayseek.serve_app.local import StartError
+from rayseek.serve_app.start import config_folder, configured, key_file, started
 
 
 def main(argv: list[str] | None = None) -> None:
+    """A command that returns False has told what is not well; the exit status says so too."""
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    command = {
+        "serve": serve, "config": configure, "doctor": examine, "k8s": kubernetes,
+        "keys": keys, "plan": plan, "inspect": inspect, "make-model": make_model,
+        "make-corpus": make_corpus, "train": train, "bench": bench,
+        "conformance": conformance, "eval": evaluate, "replay": replay,
+        "chaos": torment,
+    }[arguments.command]  # fmt: skip
     try:
-        {
-            "serve": serve, "config": configure, "doctor": examine, "k8s": kubernetes,
-            "keys": keys, "plan": plan, "inspect": inspect, "make-model": make_model,
-            "make-corpus": make_corpus, "train": train, "bench": bench,
-            "conformance": conformance, "eval": evaluate, "replay": replay,
-            "chaos": torment,
-        }[arguments.command](arguments)  # fmt: skip
-    except (ConfigFileError, ValueError, FileExistsError, FileNotFoundError) as error:
-        fail(error)
+        well = command(arguments)
+    except (ValueError, OSError, StartError) as error:
+        print(f"rayseek: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    if well is False:
+        sys.exit(1)
 
 
 def serve(arguments: argparse.Namespace) -> None:
     """Start, print where everything is, wait for Ctrl-C or SIGTERM, stop."""
-    from rayseek.serve_app.local import StartError
-
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell set SIGINT to be ignored
         signal.signal(number, interrupt)
-    config = with_overrides(
-        load_config(arguments.config) if arguments.config else Config(), arguments
-    )
+    config = configured(arguments)
     if config.hardware.accelerator != "cpu":
-        fail(
+        raise StartError(
             f"this config is for a cluster of {config.hardware.accelerator} nodes: rayseek config "
             f"render {arguments.config} > serve.yaml, then `serve deploy serve.yaml` there"
         )
@@ -70,71 +66,52 @@ def serve(arguments: argparse.Namespace) -> None:
                 flush=True,
             )
             signal.pause()
-    except StartError as error:
-        fail(error)
     except KeyboardInterrupt:
         print("\nStopped.", flush=True)
-
-
-def torment(arguments: argparse.Namespace) -> None:
-    """Exit status 1 if a stream failed or had another text."""
-    from rayseek.serve_app.chaos import chaos
-
-    config = load_config(arguments.config)
-    if arguments.port is not None:
-        ingress = config.ingress.model_copy(update={"port": arguments.port})
-        config = config.model_copy(update={"ingress": ingress})
-    sys.exit(0 if chaos(arguments, config) else 1)
-
-
-def configure(arguments: argparse.Namespace) -> None:
-    """Exit code 0 only if the config fits."""
-    from rayseek.serve_app import config_command
-
-    if arguments.action == "render":
-        print(config_command.render(arguments), end="")
-    elif not config_command.check(arguments):
-        sys.exit(1)
-
-
-def examine(arguments: argparse.Namespace) -> None:
-    """Exit code 0 only if there is no problem."""
-    from rayseek.serve_app.doctor_command import doctor
-
-    if not doctor(arguments):
-        sys.exit(1)
-
-
-def kubernetes(arguments: argparse.Namespace) -> None:
-    """Exit code 0 only if there is no problem."""
-    from rayseek.serve_app.k8s import command
-
-    if arguments.action == "render":
-        command.render(arguments)
-    elif not command.verify(arguments):
-        sys.exit(1)
-
-
-def plan(arguments: argparse.Namespace) -> None:
-    from rayseek.serve_app.plan_command import plan as hardware
-
-    print(hardware(arguments), end="")
 
 
 def interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def with_overrides(config: Config, arguments: argparse.Namespace) -> Config:
-    """The command line's words on top of the file's, checked like the file's."""
-    data = config.model_dump()
-    if arguments.model is not None:
-        data["model"]["path"] = arguments.model
-    if arguments.port is not None:
-        data["ingress"]["port"] = arguments.port
-    if arguments.host is not None:
-        data["ingress"]["host"] = arguments.host
-    return Config.model_validate(data)
+def torment(arguments: argparse.Namespace) -> bool:
+    """Whether no stream failed or had another text."""
+    from rayseek.serve_app.chaos import chaos
+
+    return chaos(arguments, configured(arguments))
+
+
+def configure(arguments: argparse.Namespace) -> bool:
+    """Whether the config fits."""
+    from rayseek.serve_app import config_command
+
+    if arguments.action == "check":
+        return config_command.check(arguments)
+    print(config_command.render(arguments), end="")
+    return True
+
+
+def examine(arguments: argparse.Namespace) -> bool:
+    """Whether there is no problem."""
+    from rayseek.serve_app.doctor_command import doctor
+
+    return doctor(arguments)
+
+
+def kubernetes(arguments: argparse.Namespace) -> bool:
+    """Whether there is no problem."""
+    from rayseek.serve_app.k8s import command
+
+    if arguments.action == "check":
+        return command.verify(arguments)
+    command.render(arguments)
+    return True
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    from rayseek.serve_app.plan_command import plan as hardware
+
+    print(hardware(arguments), end="")
 
 
 def keys(arguments: argparse.Namespace) -> None:
@@ -253,16 +230,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
     run(arguments)
 
 
-def replay(arguments: argparse.Namespace) -> None:
-    """Exit code 0 only if the answer is the same."""
+def replay(arguments: argparse.Namespace) -> bool:
+    """Whether the answer is the same."""
     from rayseek.serve_app.replay import replay
 
-    same = replay(arguments.request, arguments.response, arguments.url, arguments.key)
-    sys.exit(0 if same else 1)
+    return replay(arguments.request, arguments.response, arguments.url, arguments.key)
 
 
-def conformance(arguments: argparse.Namespace) -> None:
-    """Exit code 0 only if everything passed."""
+def conformance(arguments: argparse.Namespace) -> bool:
+    """Whether everything passed."""
     from rayseek.serve_app.conformance import conformance
 
-    sys.exit(0 if conformance(arguments.url, arguments.key, arguments.model) else 1)
+    return conformance(arguments.url, arguments.key, arguments.model)

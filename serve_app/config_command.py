@@ -11,20 +11,20 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from rayseek.cluster.config import Config, load_config
+from rayseek.cluster.config import Config
 from rayseek.cluster.fit import GIB, RankMemory, bearable_deaths, problems, rank_memories
 from rayseek.cluster.layout import Deployment, Layout, layout
 from rayseek.model.config import ModelConfig
 from rayseek.serve_app.keys import read_keys, undivided
-from rayseek.serve_app.start import key_file
+from rayseek.serve_app.start import configured, key_file
 
 WIDTH = 100
 
 
 def check(arguments: argparse.Namespace) -> bool:
     """Print what the config needs and starts; whether it can work."""
-    config = load_config(arguments.config)
-    name, model = _model(config, arguments)
+    config = configured(arguments)
+    name, model = _model(config, arguments.spec)
     print(report(config, model, name))
     found = problems(config, model)
     for problem in found:
@@ -43,25 +43,20 @@ def render(arguments: argparse.Namespace) -> str:
     from rayseek.serve_app.application import serve_config
     from rayseek.serve_app.local import cluster_environment
 
-    config = load_config(arguments.config)
-    changes = {"model": config.model, "api": config.api}
-    if arguments.model is not None:
-        changes["model"] = config.model.model_copy(update={"path": arguments.model})
-    if arguments.key_file is not None:
-        changes["api"] = config.api.model_copy(update={"key_file": arguments.key_file})
-    text = yaml.safe_dump(serve_config(config.model_copy(update=changes)), sort_keys=False)
+    config = configured(arguments)
+    text = yaml.safe_dump(serve_config(config), sort_keys=False)
     environment = "".join(f"#   {k}={v}\n" for k, v in cluster_environment(config).items())
     return f"# Every Ray process of the cluster needs, from before it starts:\n{environment}{text}"
 
 
-def _model(config: Config, arguments: argparse.Namespace) -> tuple[str, ModelConfig]:
+def _model(config: Config, spec: str | None) -> tuple[str, ModelConfig]:
     """The model that is planned for, and what to call it."""
-    if arguments.spec == "671b":
+    if spec == "671b":
         from rayseek.model.official import DEEPSEEK_V3
 
         return "DeepSeek-V3 671B", DEEPSEEK_V3
-    path = arguments.model or config.model.path
-    if path is None or arguments.spec == "small":
+    path = config.model.path
+    if path is None or spec == "small":
         from rayseek.model.maker import SMALL
 
         return "the small random model", SMALL

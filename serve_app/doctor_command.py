@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from rayseek.cluster.config import Config, load_config
+from rayseek.cluster.config import Config
 from rayseek.cluster.doctor import Finding, Port, diagnose, needs_of
 from rayseek.model.config import ConfigError, ModelConfig
-from rayseek.serve_app.start import key_file, served_model
+from rayseek.serve_app.start import configured, key_file, served_model
 
 ANSWER_S = 3.0
 
@@ -26,10 +26,7 @@ def doctor(arguments: argparse.Namespace) -> bool:
     """Print one line for each check; whether there is no problem."""
     from rayseek.cluster.machine import facts_of_this_machine
 
-    config = load_config(arguments.config) if arguments.config else Config()
-    if arguments.model is not None:
-        model = config.model.model_copy(update={"path": arguments.model})
-        config = config.model_copy(update={"model": model})
+    config = configured(arguments)
     path = served_model(config)
     spec, weights = weights_of(path)
     needs = needs_of(config, spec, ranks=not arguments.without_ranks)

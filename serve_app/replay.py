@@ -7,6 +7,7 @@ the first difference is told. A response is kept as it came, as one document or 
 
 from __future__ import annotations
 
+import http.client
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ def read_answer(text: str) -> Answered:
         if text.lstrip().startswith("{"):
             documents = [json.loads(text)]
         else:
-            lines = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+            lines = [line[6:] for line in text.split("\n") if line.startswith("data: ")]
             documents = [json.loads(line) for line in lines if line != "[DONE]"]
         choices: dict[int, Played] = {}
         for document in documents:
@@ -115,7 +116,7 @@ def _text_difference(where: str, then: str, now: str) -> Iterator[str]:
 
 
 def replay(request: Path, response: Path, url: str, key: str) -> bool:
-    """Ask again and tell what was found. Raises ValueError, OSError, Unmet."""
+    """Ask again and tell what was found. Raises ValueError, or OSError for files."""
     body = json.loads(request.read_text())
     if not isinstance(body, dict):
         raise ValueError(f"{request} is not a request: it must be a JSON object")
@@ -126,7 +127,7 @@ def replay(request: Path, response: Path, url: str, key: str) -> bool:
     plain = {k: v for k, v in body.items() if k not in ("stream", "stream_options")}
     try:
         reply = Endpoint(url, key, body.get("model")).post(path, plain).answer()
-    except Unmet as seen:
+    except (Unmet, OSError, http.client.HTTPException) as seen:
         raise ValueError(f"{url} gave no answer: {seen}") from None
     now = read_answer(json.dumps(reply))
     if then.fingerprint != now.fingerprint:

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from rayseek.cluster.config import Config
+from rayseek.cluster.config import Config, load_config
 from rayseek.model.shipped import SHIPPED
 from rayseek.serve_app.local import Running, StartError, check_port, running
+
+
+def configured(arguments: argparse.Namespace) -> Config:
+    """The config that a command names, with the command's words on top, checked like the file's."""
+    config = load_config(arguments.config) if arguments.config else Config()
+    words = vars(arguments)
+    changes = {
+        "model": {"path": words.get("model")},
+        "ingress": {"port": words.get("port"), "host": words.get("host")},
+        "api": {"key_file": words.get("key_file")},
+    }
+    data = config.model_dump()
+    for branch, values in changes.items():
+        data[branch] |= {name: value for name, value in values.items() if value is not None}
+    return Config.model_validate(data)
 
 
 def cache_folder() -> Path:

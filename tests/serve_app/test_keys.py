@@ -204,7 +204,8 @@ def test_commands(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     file = tmp_path / "rayseek" / "keys.yaml"
     assert {entry.sha256 for entry in read_keys(file)} == {digest("sk-old"), digest(key)}
     main(["keys", "revoke", "ann"])
-    for wrong in (["revoke", "ann"], ["add", "bad name"], ["add", "x", "--concurrent", "-1"]):
+    for wrong in (["revoke", "ann"], ["add", "bad name"], ["add", "x", "--concurrent", "-1"],
+                  ["list", "--file", str(tmp_path)]):  # fmt: skip
         with pytest.raises(SystemExit):
             main(["keys", *wrong])
     assert "no key named 'ann'" in capsys.readouterr().err

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rayseek.serve_app import replay as module
+from rayseek.serve_app.cli import main
 from rayseek.serve_app.conformance import Reply
 from rayseek.serve_app.replay import differences, read_answer, replay
 from rayseek.serve_app.settings import ApiSettings
@@ -128,3 +130,14 @@ def test_what_cannot_be_replayed_is_said(service: Service, tmp_path: Path) -> No
         files[1].write_text(text)
         with pytest.raises(ValueError, match="not a response"):
             replay(*files, "http://x", "k")
+
+
+def test_a_server_that_is_not_there_is_said(tmp_path: Path, capsys: Any) -> None:
+    request, response = tmp_path / "request", tmp_path / "response"
+    request.write_text('{"model": "m", "seed": 1}')
+    response.write_text('{"object": "chat.completion", "choices": []}')
+    with socket.socket() as silent, pytest.raises(SystemExit):
+        silent.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        main(["replay", str(request), str(response), "--url", url])
+    assert "gave no answer" in capsys.readouterr().err

@@ -43,6 +43,7 @@ def _several(of: Callable[[str], T]) -> Callable[[str], list[T]]:
 
 _COUNT = _number(int, "a whole number from 1", 1)
 _WHOLE = _number(int, "a whole number from 0", 0)
+_PORT = _number(int, "a port from 1 to 65535", 1, 65535)
 _SHARE = _number(float, "a share from 0 to 1", 0, 1)
 _POSITIVE = _number(float, "a number above 0", sys.float_info.min)
 _FROM_0 = _number(float, "a number from 0", 0)
@@ -57,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="start Ray, the engine and the API on this machine")
     serve.add_argument("config", nargs="?", help="a .yaml file, or a shipped one's name")
     serve.add_argument("--model", type=Path, help="checkpoint folder in the official layout")
-    serve.add_argument("--port", type=_COUNT, help="port of the API (default 8000)")
+    serve.add_argument("--port", type=_PORT, help="port of the API (default 8000)")
     serve.add_argument("--host", help="address to listen on (default 0.0.0.0: every interface)")
 
     _add_keys(commands.add_parser("keys", help="who may use the API: add, list, revoke"))
@@ -333,7 +334,7 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
 
 def _add_chaos(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", nargs="?", default="laptop-split", help="default: laptop-split")
-    command.add_argument("--port", type=_COUNT, help="port of the API (default 8000)")
+    command.add_argument("--port", type=_PORT, help="port of the API (default 8000)")
     command.add_argument("--streams", type=_COUNT, default=32, help="at the same time (default 32)")
     command.add_argument("--prompts", type=_COUNT, default=24, help="different ones (default 24)")
     command.add_argument("--kills", type=_WHOLE, default=60, help="default 60")

@@ -337,7 +337,7 @@ function set(changes) {
 function toggleTools() {
   const on = !chat.tools.on;
   set({ tools: { on, text: chat.tools.text || EXAMPLE_TOOLS } });
-  if (on && !$("settings").open) { $("settings").showModal(); $("tools-text").focus(); $("tools-text").setSelectionRange(0, 0); }
+  if (on && !$("settings").open) { $("settings").showModal(); $("tools-text").setSelectionRange(0, 0); $("tools-text").focus(); }
 }
 
 $("system").addEventListener("input", () => set({ system: $("system").value }));

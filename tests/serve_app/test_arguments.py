@@ -17,6 +17,7 @@ from rayseek.serve_app.arguments import parser
         ("eval --questions 0", "0 is not a whole number from 1"),
         ("bench --output 1.5", "1.5 is not a whole number from 1"),
         ("chaos --kills some", "some is not a whole number from 0"),
+        ("serve --port 65536", "65536 is not a port from 1 to 65535"),
         ("keys add me --concurrent -1", "-1 is not a whole number from 1"),
     ],
 )

@@ -630,6 +630,11 @@ def test_keyboard_language_theme_and_width(browser: Any, site: str, api: Any) ->
     expect(page.locator("#input")).to_have_attribute("placeholder", "Write a message")
     page.keyboard.press("Escape")
     expect(page.locator("#side")).to_be_hidden()
+    for width in (390, 360, 320):  # all buttons lie within the composer
+        page.set_viewport_size({"width": width, "height": 844})
+        row = "() => { const r = document.querySelector('.composer-row'); "
+        assert page.evaluate(row + "return r.scrollWidth <= r.clientWidth; }"), width
+    page.set_viewport_size(phone["viewport"])
     page.fill("#input", "")
     page.press("#input", "ArrowUp")  # edits the last question
     expect(page.locator(".editor textarea")).to_be_focused()

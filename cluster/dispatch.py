@@ -25,7 +25,14 @@ from rayseek.cluster.credentials import credentials
 from rayseek.cluster.request import Delta, FinishReason, Request, RequestRefused, Token
 from rayseek.cluster.tokens_pb2 import REFUSED, RUNNING, Frame, Load, ToRank, Update
 from rayseek.cluster.traces import record
-from rayseek.cluster.wire import METHOD, SERVICE, delta_of, plain_token, submit_message
+from rayseek.cluster.wire import (
+    CHANNEL_OPTIONS,
+    METHOD,
+    SERVICE,
+    delta_of,
+    plain_token,
+    submit_message,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,11 +47,6 @@ MOVED_PATIENCE_S = 1800.0  # the successor of a whole unit loads 671B first
 MAX_DEATHS = 3  # a request that was on board this many dying ranks is not given to another,
 INNOCENT_TOKENS = 8  # unless it got so many tokens there before: no rank dies so late of a request
 MOVES_KEPT = 1000  # of those that `moved_lately` tells of
-CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.keepalive_time_ms", 20_000),  # a host that vanished without closing its sockets
-    ("grpc.keepalive_timeout_ms", 10_000),
-]
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ from rayseek.cluster.traces import record
 from rayseek.cluster.wire import (
     FETCH,
     METHOD,
+    SERVER_OPTIONS,
     SERVICE,
     draft_codes,
     refusal_message,
@@ -49,9 +50,6 @@ log = logging.getLogger("rayseek.rank")
 
 LOOK_S = 1.0  # a step that could do nothing is tried again after this, should nobody tell why
 QUIET_S = 1.0  # without news, a stream hears of a load that has changed
-# Clients ask every 20 s whether we live (CHANNEL_OPTIONS). By default, gRPC hangs up on who does
-# that on a stream on which nothing is said: an idle one after 220 s, with whatever waits on it.
-SERVER_OPTIONS = [("grpc.http2.max_ping_strikes", 0)]
 
 Stream = int  # one connected ingress
 Command: TypeAlias = "Callable[[Engine], None]"

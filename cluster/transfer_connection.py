@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 
 from rayseek.cluster.credentials import credentials
-from rayseek.cluster.dispatch import CHANNEL_OPTIONS
 from rayseek.cluster.group import ExchangeBroken, Group
 from rayseek.cluster.precedence import give_way
 from rayseek.cluster.sequence import Sequence
 from rayseek.cluster.tokens_pb2 import Again, Coming, FromSource, Pair, ToSource, Want
 from rayseek.cluster.transfer_counters import TransferCounters
 from rayseek.cluster.transfer_source import pages_at_once
-from rayseek.cluster.wire import FETCH, SERVICE
+from rayseek.cluster.wire import CHANNEL_OPTIONS, FETCH, SERVICE
 from rayseek.model.batch import PAGE_TOKENS
 from rayseek.model.latent_cache import LatentCache, checksums
 

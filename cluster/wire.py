@@ -23,6 +23,16 @@ SERVICE = "rayseek.TokenChannel"
 METHOD = "Open"
 FETCH = "Fetch"
 COPY = "Copy"
+# A host can vanish without closing its sockets, at either end: both ask whether the other lives.
+KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),  # for the kernel to tell: TCP_USER_TIMEOUT
+    ("grpc.http2.ping_timeout_ms", 20_000),  # for the answer; by default a minute
+]
+CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), *KEEPALIVE]
+# By default, a server hangs up on who asks so on a stream on which nothing is said: an idle one
+# after 220 s, with whatever waits on it.
+SERVER_OPTIONS = [("grpc.http2.max_ping_strikes", 0), *KEEPALIVE]
 
 _TO_WIRE = {
     None: RUNNING,

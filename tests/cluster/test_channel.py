@@ -42,6 +42,7 @@ from rayseek.cluster.spec import RankSpec
 from rayseek.cluster.speculation import Choice
 from rayseek.cluster.tokens_pb2 import ToRank
 from rayseek.cluster.wire import (
+    SERVER_OPTIONS,
     delta_of,
     refusal_message,
     request_of,
@@ -241,6 +242,48 @@ async def test_an_ingress_that_vanishes_frees_the_rank(cluster: Cluster) -> None
         await other.close()
     await cluster.idle(address)
     await deltas.aclose()
+
+
+async def test_an_ingress_whose_host_vanishes_keeps_no_stream(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing closes its sockets: the rank has to ask whether it is there."""
+    quick = [(option, min(n, 300)) for option, n in SERVER_OPTIONS]
+    monkeypatch.setattr("rayseek.cluster.rank_server.SERVER_OPTIONS", quick)
+    address = await cluster.start_rank()
+    connected = asyncio.Event()
+    connected.set()
+    pipes: list[asyncio.Task[None]] = []
+
+    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer):
+            while data := await reader.read(65536):
+                await connected.wait()
+                writer.write(data)
+
+    async def network(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection(*address.target.split(":"))
+        pipes.append(asyncio.create_task(pipe(reader, there[1])))
+        pipes.append(asyncio.create_task(pipe(there[0], writer)))
+
+    async with await asyncio.start_server(network, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+
+        async def discover() -> list[RankAddress]:
+            return [replace(address, target=f"127.0.0.1:{port}")]
+
+        other = Dispatcher(discover)
+        streams = cluster.servers[address]._streams
+        async with asyncio.timeout(120):
+            while len(streams) < 2:  # the cluster's own dispatcher has the other
+                await asyncio.sleep(0.01)
+            connected.clear()
+            while len(streams) > 1:
+                await asyncio.sleep(0.01)
+        await other.close()
+        for task in pipes:
+            task.cancel()
+        await asyncio.gather(*pipes, return_exceptions=True)
 
 
 async def test_a_submission_on_a_breaking_stream_is_not_left_behind(

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -115,8 +116,7 @@ def cluster(tiny_path: Path, tmp_path: Path, pytestconfig: pytest.Config) -> Ite
 @contextlib.contextmanager
 def started(config: Config, tmp_path: Path) -> Iterator[tuple[str, str]]:
     """A head whose autoscaler makes nodes; its dashboard, and Ray's token."""
-    folder = Path("/tmp") / f"rs{os.getpid()}"  # short: it holds sockets
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))  # short: it holds sockets
     gcs, dashboard = free_port(), free_port()
     host = subprocess.run(
         [sys.executable, "-c", "import ray; print(ray.util.get_node_ip_address())"],

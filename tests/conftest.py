@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from rayseek.cluster.engine import Engine, EngineLimits
@@ -31,6 +31,13 @@ from rayseek.model.vocabulary import undefined_ids
 # For tests/kernels/hopper: Triton reads it when it is imported, which torch.compile does as well.
 os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
+# Of a busy machine nothing can be said by how long an example takes; fixtures are only read.
+settings.register_profile(
+    "usual",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("usual")
 settings.register_profile("long", max_examples=2000)  # pytest --hypothesis-profile long
 
 

@@ -145,7 +145,7 @@ def test_decisions_hold_to_the_bounds(
         have = count
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.floats(0, 0.04), st.floats(0.5, 6), st.floats(0, 60), st.floats(5, 200),
     st.sampled_from([0.7, 5.0]),

@@ -30,7 +30,7 @@ def test_a_cell_is_what_its_own_rate_needs() -> None:
     assert prompts.seconds <= TARGETS.first_token_s and tokens.seconds <= TARGETS.token_s
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rate=st.floats(1, 2000), more=st.floats(1, 4), cached=st.floats(0, 0.9))
 def test_more_load_or_less_cache_never_needs_fewer(rate: float, more: float, cached: float) -> None:
     for config in (CELL, NODE):

@@ -159,7 +159,7 @@ def configs(draw: st.DrawFn) -> Config:
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(configs())
 def test_laws_of_a_layout(config: Config) -> None:
     plan = layout(config, SMALL, "/model", "127.0.0.1")

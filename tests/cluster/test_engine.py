@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,11 +22,7 @@ from rayseek.model.batch import PAGE_TOKENS, Batch
 from rayseek.model.cached_model import Passed
 
 EngineMaker = Callable[..., Engine]
-FEW = settings(
-    max_examples=settings.default.max_examples // 4,  # 25, and 500 with the profile "long"
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+FEW = settings(max_examples=settings.default.max_examples // 4)  # 25; 500 with profile "long"
 EOS = 1
 
 

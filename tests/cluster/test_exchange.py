@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed import TCPStore
@@ -41,9 +41,7 @@ from rayseek.model.transformer import Transformer
 
 D, EXPERTS, TOP_K, LAYERS = 48, 8, 3, (1, 2)
 MODES: tuple[Mode, ...] = ("exact", "fixed", "static")
-FEW = settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FEW = settings(max_examples=10)
 
 
 def randn(seed: int, *shape: int) -> Tensor:

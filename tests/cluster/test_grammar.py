@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayseek.cluster import grammar
@@ -48,9 +48,7 @@ def request(name: str, text: str, **changes: Any) -> Request:
     return Request(name, (5, 6), SamplingParams(**changes), grammar=text)
 
 
-@settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=15)
 @given(
     st.integers(0, 2**32),
     st.sampled_from([0.0, 0.7, 2.0]),

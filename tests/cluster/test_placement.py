@@ -108,7 +108,7 @@ def requests(draw: st.DrawFn) -> Request:
     return draw(loads_of(experts)), tuple(nodes), draw(st.integers(0, 12)), n_group
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(requests())
 def test_laws_of_a_placement(request: Request) -> None:
     loads, nodes, redundant, n_group = request
@@ -140,7 +140,7 @@ def test_laws_of_a_placement(request: Request) -> None:
         assert (worst <= plain_worst * (1 + 1e-12)).all(), "not worse than no balancing"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(requests(), st.data())
 def test_deaths(request: Request, data: st.DataObject) -> None:
     placement = make_placement(*request)
@@ -169,7 +169,7 @@ def test_deaths(request: Request, data: st.DataObject) -> None:
             assert expert in placement.uncovered([h for h in holders if h != home])[layer]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(requests(), st.integers(0, 20), st.integers(0, 3), st.data())
 def test_choice_of_replicas(request: Request, index: int, node: int, data: st.DataObject) -> None:
     placement = make_placement(*request)
@@ -202,7 +202,7 @@ def test_tokens_spread_over_replicas() -> None:
     assert set(firsts) == set(slots) and max(firsts.values()) - min(firsts.values()) <= 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_settling(data: st.DataObject) -> None:
     """Nothing of a node's contents is changed by it, and no exchange inside a node loads less."""
@@ -245,7 +245,7 @@ def test_settling_on_itself_moves_nothing() -> None:
     assert settle(placement, placement) == placement
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 5).flatmap(lambda n: st.lists(
     st.lists(st.integers(-9, 9), min_size=n, max_size=n), min_size=n, max_size=n)))  # fmt: skip
 def test_assignment_is_the_cheapest(cost: list[list[int]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rayseek.cluster.next_token import edits
@@ -98,7 +98,6 @@ def test_greedy_takes_the_lowest_id_of_a_tie() -> None:
     assert sample(logits, [Draw(0.0, 0, 1.0, 0.0, 0, 0)]) == [1]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(-40, 40), min_size=2, max_size=12),
     st.integers(0, 12),
@@ -124,7 +123,6 @@ IDS = st.lists(st.integers(0, 15), max_size=8)
 PENALTY = st.sampled_from([0.0, 0.5, -0.7, 2.0])
 
 
-@settings(deadline=None)
 @given(IDS, IDS, PENALTY, PENALTY, st.sampled_from([1.0, 1.3, 0.7]), st.integers(0, 9), st.data())
 def test_penalties_and_bias_equal_their_definition(
     prompt: list[int],

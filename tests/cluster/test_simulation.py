@@ -66,7 +66,7 @@ def few(rate: float, seed: int = 0, seconds: float = 60) -> list[Arrival]:
 jobs = st.lists(st.tuples(st.integers(1, 400), st.integers(1, 150)), min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(jobs, st.integers(9, 30), st.integers(1, 6), st.sampled_from([1.0, 1.6, 2.5]))
 def test_a_unit_does_all_that_it_was_given(
     asked: list[tuple[int, int]], pages: int, batch: int, kept: float

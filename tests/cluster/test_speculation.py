@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -150,7 +150,6 @@ def test_what_costs_more_is_tried_less_often() -> None:
     assert trials((0.010, 0.050, 0.050)) < trials((0.010, 0.0101, 0.0102)) / 2
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.floats(1e-5, 3e-4))
 def test_prompts_between_do_not_hide_what_depths_take(batch: int, row_s: float) -> None:
     """Also where no step with drafts is without them: many short answers."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayseek.cluster.config import TransferSettings
@@ -30,9 +30,7 @@ from rayseek.model.latent_cache import checksums
 from tests.cluster.company import in_engine, is_idle
 
 EngineMaker = Callable[..., Engine]
-FEW = settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FEW = settings(max_examples=15)
 PARAMS = SamplingParams(max_tokens=12, temperature=0.8, seed=3)
 PROMPT_ONLY = SamplingParams(max_tokens=0)
 

@@ -48,7 +48,7 @@ def test_sizes() -> None:
 
 
 @given(st.integers(0, 1000), st.sampled_from([(512, 64), (40, 8), (200, 2)]), st.integers(-50, 40))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_values_are_near_and_exact_in_bf16(seed: int, shape: tuple[int, int], power: int) -> None:
     """To 1/16 of each value, or of the least normal one beside the group's largest, or of the least
     scale, 2^-64."""

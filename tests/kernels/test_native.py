@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,9 +23,7 @@ from rayseek.kernels.rope import yarn_cos_sin
 
 REFERENCE = ReferenceOps()
 COS_SIN = yarn_cos_sin(400, 8, 10000.0, 40.0, 64)
-FEW = settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FEW = settings(max_examples=12)
 
 
 @pytest.fixture(params=["amx", "vector", "any cpu"])

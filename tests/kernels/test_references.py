@@ -50,7 +50,7 @@ def test_rotation_is_of_interleaved_pairs() -> None:
 
 
 @given(n=st.integers(1, 300), k=st.integers(1, 300), seed=st.integers(0, 99))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_fp8_blocks_hold_values_to_one_part_in_sixteen(n: int, k: int, seed: int) -> None:
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
     weight = quantise_blocks_ref(w)
@@ -91,7 +91,7 @@ def route_by_hand(
     mean=st.sampled_from([0.0, -0.6, -3.0]),
     ties=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_router_is_the_spec(
     seed: int, shape: tuple[int, int, int, int], mean: float, ties: bool
 ) -> None:

@@ -26,7 +26,7 @@ def native(words: int, top_k: int) -> RowPlaces:
     members=st.integers(1, 5),
     seed=st.integers(0, 999),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rows_go_where_their_slots_are(
     rows: int, top_k: int, slots: int, members: int, seed: int
 ) -> None:

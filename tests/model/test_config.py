@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rayseek.model.config import ConfigError, ModelConfig, Yarn
@@ -91,7 +91,6 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     )
 
 
-@settings(deadline=None)
 @given(configs())
 def test_every_config_survives_its_file(config: ModelConfig) -> None:
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

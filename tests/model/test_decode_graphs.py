@@ -14,7 +14,7 @@ from rayseek.model.transformer import Transformer
 
 
 @given(rows=st.integers(1, 256), pages=st.integers(1, 2560))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_sizes_are_few_and_large_enough(rows: int, pages: int) -> None:
     ids = torch.zeros(rows, dtype=torch.int64)
     batch = Batch(ids, ids, ids, ids, torch.zeros(1, pages, dtype=torch.int32), ids)

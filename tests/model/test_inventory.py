@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rayseek.kernels import fp8
@@ -129,7 +129,6 @@ def test_the_block_is_the_kernels_block() -> None:
     assert config_module.BLOCK == fp8.BLOCK
 
 
-@settings(deadline=None)
 @given(st.integers(1, 32), st.sets(st.integers(3, 6)), st.integers(0, 31))
 def test_ranks_share_the_experts_and_nothing_else(ranks: int, layers: set[int], rank: int) -> None:
     mine = set(range(rank % ranks, 32, ranks))

@@ -76,7 +76,7 @@ def test_it_opens_as_what_was_asked_for(small: Path, tmp_path: Path) -> None:
     ]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(shards=st.integers(1, 9), seed=st.integers(0, 2**64), fp8=st.booleans())
 def test_values_do_not_depend_on_the_files(
     tmp_path_factory: pytest.TempPathFactory, shards: int, seed: int, fp8: bool
@@ -219,14 +219,12 @@ def test_special_tokens_and_pre_tokeniser_are_v3s() -> None:
 TOKENIZER = tokenizer()
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_any_text_survives_the_tokenizer(text: str) -> None:
     ours = TOKENIZER.encode(text, add_special_tokens=False).ids
     assert TOKENIZER.decode(ours, skip_special_tokens=False) == text
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10**12))
 def test_every_digit_is_a_token(number: int) -> None:
     tokens = TOKENIZER.encode(f"{number}", add_special_tokens=False).tokens

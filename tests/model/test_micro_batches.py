@@ -25,7 +25,7 @@ def test_parts_are_even_and_complete(rows: int, parts: int) -> None:
     parts=st.integers(1, 4),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_model_in_parts_is_the_model(
     tiny_model: tuple[Transformer, MTPModule], lengths: list[int], parts: int, seed: int
 ) -> None:

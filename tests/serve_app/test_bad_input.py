@@ -8,8 +8,7 @@ from collections.abc import AsyncIterator, MutableMapping, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given
-from hypothesis import settings as hypothesis_settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rayseek.cluster.request import Delta, Request, Token
@@ -324,7 +323,6 @@ NAMES = sorted({name for fields, _ in BAD_FIELDS for name in fields} - {"model"}
 
 
 @given(fields=st.dictionaries(st.sampled_from(NAMES), JSON, max_size=3))
-@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_no_body_hurts_the_server(
     api: Any, small: Tokenizer, settings: ApiSettings, fields: dict[str, Any]
 ) -> None:
@@ -362,7 +360,6 @@ INTEGERS = st.lists(
 
 
 @given(fields=INTEGERS, path=st.sampled_from([CHAT, "/v1/completions"]))
-@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @example(fields={"prompt": ["a"] * 16, "n": 9 * 10**4299}, path="/v1/completions")
 @example(fields={"top_k": 2**32}, path=CHAT)
 def test_every_integer_is_refused_or_reaches_a_rank(

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rayseek.model.small_tokenizer import learn_tokenizer, small_tokenizer
@@ -98,7 +98,6 @@ def chats(draw: st.DrawFn) -> Chat:
 FILLS = st.builds(Fill, st.just("key"), WORDS, WORDS, WORDS, st.just(accept))
 
 
-@settings(deadline=None)
 @given(examples=st.lists(chats() | FILLS, min_size=1, max_size=4))
 def test_a_document_is_the_servers_prompt_and_the_answer(examples: list[Example]) -> None:
     for example, (ids, weights) in zip(
@@ -118,7 +117,6 @@ def test_a_document_is_the_servers_prompt_and_the_answer(examples: list[Example]
             assert answer == [*TOKENIZER.encode_text(text or ""), TOKENIZER.eos_id]
 
 
-@settings(deadline=None)
 @given(example=chats())
 def test_whole_weight_is_on_what_assistants_wrote(example: Chat) -> None:
     """Their messages rendered on their own, with EOS, are the runs of whole weight."""
@@ -132,7 +130,6 @@ def test_whole_weight_is_on_what_assistants_wrote(example: Chat) -> None:
     assert set(weights[bound:]) <= {GIVEN_WEIGHT, 255}
 
 
-@settings(deadline=None)
 @given(example=chats())
 def test_tools_look_the_same_through_the_api(example: Chat) -> None:
     """They go through the request's own types, which might reorder or drop a field."""

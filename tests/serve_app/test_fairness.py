@@ -57,7 +57,7 @@ def test_more_places_are_used_and_fewer_are_kept() -> None:
     assert started() == 3, "one of b, and of a no more than makes half"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 9), st.booleans(), st.integers(0, 2**32))
 def test_slots_are_kept_and_used(slots: int, several: bool, seed: int) -> None:
     """Never too many, never one too few, whatever comes, ends and is cancelled."""
@@ -98,7 +98,7 @@ def test_slots_are_kept_and_used(slots: int, several: bool, seed: int) -> None:
             assert queue.waiting(key) == sum(ticket.key == key for ticket in waiting)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 8), st.integers(0, 2**32))
 def test_keys_that_always_wait_get_equal_work(slots: int, seed: int) -> None:
     """In tokens, not in requests: one key's are ten times as large. Guesses are put right."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayseek.cluster.engine import Engine
@@ -370,9 +370,7 @@ def post(
     return send
 
 
-FEW = settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FEW = settings(max_examples=15)
 CALLS = [tool("get_weather"), tool("now", NOTHING), tool("get-time_2", None, strict=True)]
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given
-from hypothesis import settings as hypothesis_settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rayseek.serve_app.settings import ApiSettings
@@ -121,7 +120,6 @@ def prompt_of(api: Any, v3: Tokenizer) -> Any:
 
 
 @given(words=st.lists(ATTACK, min_size=1, max_size=6), name=FILE_NAME)
-@hypothesis_settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @pytest.mark.parametrize(
     ("path", "template"),
     [("/chat/completions", CHAT), ("/completions", FIM), ("/completions", RAW)],

@@ -12,7 +12,7 @@ from typing import Any
 
 import openai
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rayseek.cluster.request import Request, SamplingParams
@@ -62,7 +62,6 @@ def test_the_wait_is_exactly_long_enough(rate: float, start: float, amount: floa
             assert level(bucket, rate, 5.0 + wait - 1) < amount
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.lists(st.floats(0, 30), min_size=1, max_size=60))
 def test_no_minute_sees_more_than_twice_the_limit(limit: int, pauses: list[float]) -> None:
     now = [0.0]
@@ -87,7 +86,6 @@ def test_no_minute_sees_more_than_twice_the_limit(limit: int, pauses: list[float
     assert len(admitted) <= limit + span * limit / 60 + 1
 
 
-@settings(deadline=None)
 @given(st.integers(1, 10**6), st.lists(st.integers(1, 10**5), min_size=1, max_size=30))
 def test_tokens_are_paid_as_used_and_debt_is_waited_for(limit: int, answers: list[int]) -> None:
     now = [100.0]
@@ -138,7 +136,6 @@ def test_replicas_share_a_limit_between_them() -> None:
     small.admit(Key(name="b", sha256="1" * 64, concurrent=1)).release()  # never none at all
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 22), st.integers(2, 30))
 def test_over_time_replicas_never_allow_more_together(
     limit: int, replicas: int, minutes: int

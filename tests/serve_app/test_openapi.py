@@ -50,7 +50,7 @@ def test_every_operation_is_tried(document: Any) -> None:
 
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
 @given(data=st.data())
-@hypothesis_settings(suppress_health_check=list(HealthCheck), deadline=None)
+@hypothesis_settings(suppress_health_check=list(HealthCheck))
 def test_no_server_error_and_no_word_against_the_document(
     api: Any, document: Any, method: str, path: str, data: st.DataObject
 ) -> None:

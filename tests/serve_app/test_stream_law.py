@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Any
 
-from hypothesis import HealthCheck, given
+from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -80,9 +80,7 @@ def joined(text: str, chat: bool) -> dict[str, Any]:
 
 @given(ids=IDS, cuts=CUTS, options=OPTIONS, logprobs=st.booleans(), chat=st.booleans(),
        cached=st.integers(0, 5))  # fmt: skip
-@hypothesis_settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300
-)
+@hypothesis_settings(max_examples=300)
 def test_stream_law(
     api: Any, small: Tokenizer, settings: ApiSettings, ids: list[int], cuts: list[int],
     options: dict[str, Any], logprobs: bool, chat: bool, cached: int,

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -33,9 +33,7 @@ BEGIN, END, CALL, CLOSE, SEP = (
 )  # fmt: skip
 LETTERS = {BEGIN: "\ue000", END: "\ue001", CALL: "\ue002", CLOSE: "\ue003", SEP: "\ue004"}
 Message = tuple[str, list[tuple[str, str]], str]  # content, (name, arguments) of calls, finish
-FEW = hypothesis_settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200
-)
+FEW = hypothesis_settings(max_examples=200)
 
 
 def ids_of(tokenizer: Tokenizer, parts: Iterable[Control | str | int]) -> list[int]:

@@ -36,7 +36,7 @@ def same_bits(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> None:
 
 
 @given(rows=st.integers(0, 3), k=st.integers(1, 1300), wide=st.booleans())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_quantisation_is_the_reference(rows: int, k: int, wide: bool) -> None:
     x = random(rows, k) * 30
     x[:, :5] = 0

@@ -26,7 +26,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     ties=st.booleans(),
     normalise=st.booleans(),
 )  # fmt: skip
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_router_is_the_reference(
     seed: int, shape: tuple[int, int, int, int], ties: bool, normalise: bool
 ) -> None:
@@ -50,7 +50,7 @@ def test_router_chooses_k_experts_whatever_the_logits() -> None:
 
 
 @given(seed=st.integers(0, 999), rows=st.integers(1, 40), experts=st.sampled_from([1, 3, 8, 40]))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_assignment_sorts_by_expert_and_cuts_tiles(seed: int, rows: int, experts: int) -> None:
     top_k = min(experts, 4)
     make = torch.Generator().manual_seed(seed)
@@ -100,7 +100,7 @@ def test_products_come_back_weighted_in_order(indexed: bool) -> None:
     min_p=st.sampled_from([0.0, 0.05]),
     coarse=st.booleans(),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_sampled_tokens_are_the_reference(
     seed: int, temperature: float, top_k: int, top_p: float, min_p: float, coarse: bool
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -109,38 +110,40 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 def cases(d: Dimensions, device: str) -> Iterator[Case]:
     """All cases; `device` "cpu" is for the interpreter and tiny dimensions."""
+
+    def case(kernel: str, shape: str, build: Callable[..., Built], *of: Any) -> Case:
+        return Case(kernel, shape, partial(build, *of, device))
+
     for name, (n, k) in d.matrices.items():
         for rows in d.rows:
-            yield Case("fp8 gemm", f"{name} {n}x{k}, {rows} rows", _gemm(n, k, rows, device))
+            yield case("fp8 gemm", f"{name} {n}x{k}, {rows} rows", _gemm, n, k, rows)
     for rows in d.rows:
         for kernel, n, k in (("head", d.vocab, d.hidden), ("router gate", d.experts, d.hidden)):
             if kernel == "head" and rows > 256:
                 continue  # only the last row of a prompt has logits
-            yield Case("bf16 gemm", f"{kernel} {n}x{k}, {rows} rows", _bf16(n, k, rows, device))
-        yield Case("bf16 gemm", f"W_UK of {d.heads} heads, {rows} rows", _absorb(d, rows, device))
+            yield case("bf16 gemm", f"{kernel} {n}x{k}, {rows} rows", _bf16, n, k, rows)
+        yield case("bf16 gemm", f"W_UK of {d.heads} heads, {rows} rows", _absorb, d, rows)
     for experts, each in ((16, 32), (8, 32), (32, 8), (8, d.rows[-1])):
         for what, n, k in (("up", 2 * d.expert, d.hidden), ("down", d.hidden, d.expert)):
             shape = f"{what} {n}x{k}, {experts} experts x {each} rows"
-            yield Case("grouped fp8", shape, _grouped(experts, each, n, k, device))
+            yield case("grouped fp8", shape, _grouped, experts, each, n, k)
     for batch, context in d.contexts:
         for name, fp8 in (("mla decode", False), ("mla decode fp8", True)):
-            yield Case(name, f"batch {batch} x {context}", _decode(d, batch, context, device, fp8))
+            yield case(name, f"batch {batch} x {context}", _decode, d, batch, context, fp8)
     for new, total in d.prompts:
-        yield Case("mla prefill", f"{new} of {total} tokens", _prefill(d, new, total, device))
-    for rows in {d.rows[3 % len(d.rows)], d.rows[-1]}:
-        for name, build in (
-            ("rms_norm + quantise", _norm(d, rows, device)),
-            ("silu * up + quantise", _silu(d, rows, device)),
-            ("store_latents", _store(d, rows, device, False)),
-            ("store_latents fp8", _store(d, rows, device, True)),
-            ("router", _route(d, rows, device)),
-            ("expert sort + tiles", _sort(d, rows, device)),
-            ("expert combine", _combine(d, rows, device)),
-        ):
-            yield Case(name, f"{rows} rows", build)
+        yield case("mla prefill", f"{new} of {total} tokens", _prefill, d, new, total)
     some = d.rows[3 % len(d.rows)]
+    for rows in {some, d.rows[-1]}:
+        shape = f"{rows} rows"
+        yield case("rms_norm + quantise", shape, _norm, d, rows)
+        yield case("silu * up + quantise", shape, _silu, d, rows)
+        yield case("store_latents", shape, _store, d, rows, False)
+        yield case("store_latents fp8", shape, _store, d, rows, True)
+        yield case("router", shape, _route, d, rows)
+        yield case("expert sort + tiles", shape, _sort, d, rows)
+        yield case("expert combine", shape, _combine, d, rows)
     for rows, top_p in ((1, 1.0), (some, 1.0), (some, 0.9)):
-        yield Case("sampling", f"{rows} rows, top_p {top_p}", _sampling(d, rows, top_p, device))
+        yield case("sampling", f"{rows} rows, top_p {top_p}", _sampling, d, rows, top_p)
 
 
 def _weights(n: int, k: int, device: str, count: int = 0) -> tuple[Tensor, Tensor]:
@@ -153,128 +156,107 @@ def _weights(n: int, k: int, device: str, count: int = 0) -> tuple[Tensor, Tenso
     return data.view(torch.float8_e4m3fn), scale / (100 * k**0.5)
 
 
-def _gemm(n: int, k: int, rows: int, device: str) -> Callable[[], Built]:
-    def build() -> Built:
-        w, w_scale = _weights(n, k, device)
-        x, x_scale = quantise.quantise(torch.randn(rows, k, device=device))
+def _gemm(n: int, k: int, rows: int, device: str) -> Built:
+    w, w_scale = _weights(n, k, device)
+    x, x_scale = quantise.quantise(torch.randn(rows, k, device=device))
+    run = partial(fp8_gemm.fp8_matmul, x, x_scale, w, w_scale)
 
-        def error() -> float:
-            few = min(rows, 64)
-            values = dequantise_rows_ref(x[:few], x_scale[:, :few])
-            expected = values @ dequantise_ref(Weight(w, w_scale)).T
-            return relative(fp8_gemm.fp8_matmul(x, x_scale, w, w_scale)[:few], expected)
+    def error() -> float:
+        few = min(rows, 64)
+        values = dequantise_rows_ref(x[:few], x_scale[:, :few])
+        expected = values @ dequantise_ref(Weight(w, w_scale)).T
+        return relative(run()[:few], expected)
 
-        others: dict[str, Other] = {}
-        bench_others.fp8_products(others, x, x_scale, w, w_scale)
-        return Built(
-            lambda: fp8_gemm.fp8_matmul(x, x_scale, w, w_scale), error,
-            n * k + rows * k + 2 * rows * n, 2.0 * rows * n * k, "fp8", others,
+    others = bench_others.fp8_products(x, x_scale, w, w_scale)
+    moved = n * k + rows * k + 2 * rows * n
+    return Built(run, error, moved, 2.0 * rows * n * k, "fp8", others)
+
+
+def _bf16(n: int, k: int, rows: int, device: str) -> Built:
+    w = torch.randn(n, k, device=device).bfloat16()
+    x = torch.randn(rows, k, device=device).bfloat16()
+    run = partial(bf16_gemm.bf16_matmul, x, w)
+    return Built(
+        run, lambda: relative(run()[:16], x[:16].float() @ w.float().T),
+        2 * n * k + 2 * rows * k + 4 * rows * n, 2.0 * rows * n * k, "bf16",
+        {"cuBLAS": lambda: x @ w.T},
+    )  # fmt: skip
+
+
+def _absorb(d: Dimensions, rows: int, device: str) -> Built:
+    w = torch.randn(d.heads, d.latent, d.nope, device=device).bfloat16()
+    q = torch.randn(rows, d.heads, d.nope, device=device).bfloat16()
+    out = q.new_empty(rows, d.heads, d.latent)
+
+    def error() -> float:
+        bf16_gemm.bf16_batched(q, w, out)
+        return relative(out[:16], torch.einsum("thn,hcn->thc", q[:16].float(), w.float()))
+
+    return Built(
+        lambda: bf16_gemm.bf16_batched(q, w, out), error,
+        2 * (w.numel() + q.numel() + out.numel()), 2.0 * rows * w.numel(), "bf16",
+        {"cuBLAS bmm": lambda: torch.bmm(q.transpose(0, 1), w.transpose(1, 2))},
+    )  # fmt: skip
+
+
+def _grouped(experts: int, each: int, n: int, k: int, device: str) -> Built:
+    w, w_scale = _weights(n, k, device, experts)
+    rows = experts * each
+    x, x_scale = quantise.quantise(torch.randn(rows, k, device=device))
+    expert = torch.arange(experts, dtype=torch.int32, device=device).repeat_interleave(each)
+    wide = fp8_gemm.can_be_wide(n, k, grouped=True)
+    to = permute.assign(expert, experts, 1, fp8_gemm.WIDE_ROWS if wide else 64)
+    out = torch.empty(rows, n, dtype=torch.bfloat16, device=device)
+
+    def run() -> None:
+        fp8_gemm.grouped_fp8_matmul(x, x_scale, w, w_scale, to.tiles, out)
+
+    def error() -> float:
+        run()
+        last = dequantise_ref(Weight(w[-1], w_scale[-1]))
+        few = slice(rows - min(each, 64), rows)
+        return relative(out[few], dequantise_rows_ref(x[few], x_scale[:, few]) @ last.T)
+
+    others = bench_others.grouped_products(x, x_scale, w, w_scale, each)
+    return Built(run, error, w.numel() + rows * (k + 2 * n), 2.0 * rows * n * k, "fp8", others)
+
+
+def _decode(d: Dimensions, batch: int, context: int, fp8: bool, device: str) -> Built:
+    per = -(-context // PAGE_TOKENS)
+    width = d.latent + d.rope
+    plain_pages = torch.randn(batch * per, PAGE_TOKENS, width, device=device).bfloat16()
+    pages = plain_pages
+    if fp8:
+        tokens = plain_pages.float().view(-1, width).split([d.latent, d.rope], dim=1)
+        pages = fp8_tokens_ref(*tokens).view(batch * per, PAGE_TOKENS, -1)
+    table = torch.randperm(batch * per, device=device).int().view(batch, per)
+    sequence = torch.arange(batch, dtype=torch.int32, device=device)
+    position = torch.full((batch,), context - 1, dtype=torch.int32, device=device)
+    q = torch.randn(batch, d.heads, width, device=device).bfloat16()
+
+    def run(of: slice = slice(None)) -> Tensor:
+        return mla_decode.mla_attention(
+            q[of], pages, table, sequence[of], position[of], width**-0.5, d.latent
+        )
+
+    def error() -> float:
+        expected = mla_attention_ref(
+            q[:2].float(), read_pages_ref(pages, d.latent, d.rope).float(), table,
+            sequence[:2], position[:2], width**-0.5, d.latent,
         )  # fmt: skip
+        return relative(run(slice(0, 2)), expected)
 
-    return build
+    gathered = plain_pages[table.long()].view(batch, -1, width)[:, :context]
 
+    def plain() -> Tensor:
+        score = torch.bmm(q, gathered.transpose(1, 2)) * width**-0.5
+        return torch.bmm(score.softmax(-1), gathered[..., : d.latent])
 
-def _bf16(n: int, k: int, rows: int, device: str) -> Callable[[], Built]:
-    def build() -> Built:
-        w = torch.randn(n, k, device=device).bfloat16()
-        x = torch.randn(rows, k, device=device).bfloat16()
-        return Built(
-            lambda: bf16_gemm.bf16_matmul(x, w),
-            lambda: relative(bf16_gemm.bf16_matmul(x, w)[:16], x[:16].float() @ w.float().T),
-            2 * n * k + 2 * rows * k + 4 * rows * n, 2.0 * rows * n * k, "bf16",
-            {"cuBLAS": lambda: x @ w.T},
-        )  # fmt: skip
-
-    return build
-
-
-def _absorb(d: Dimensions, rows: int, device: str) -> Callable[[], Built]:
-    def build() -> Built:
-        w = torch.randn(d.heads, d.latent, d.nope, device=device).bfloat16()
-        q = torch.randn(rows, d.heads, d.nope, device=device).bfloat16()
-        out = q.new_empty(rows, d.heads, d.latent)
-
-        def error() -> float:
-            bf16_gemm.bf16_batched(q, w, out)
-            return relative(out[:16], torch.einsum("thn,hcn->thc", q[:16].float(), w.float()))
-
-        return Built(
-            lambda: bf16_gemm.bf16_batched(q, w, out), error,
-            2 * (w.numel() + q.numel() + out.numel()), 2.0 * rows * w.numel(), "bf16",
-            {"cuBLAS bmm": lambda: torch.bmm(q.transpose(0, 1), w.transpose(1, 2))},
-        )  # fmt: skip
-
-    return build
-
-
-def _grouped(experts: int, each: int, n: int, k: int, device: str) -> Callable[[], Built]:
-    def build() -> Built:
-        w, w_scale = _weights(n, k, device, experts)
-        rows = experts * each
-        x, x_scale = quantise.quantise(torch.randn(rows, k, device=device))
-        expert = torch.arange(experts, dtype=torch.int32, device=device).repeat_interleave(each)
-        wide = fp8_gemm.can_be_wide(n, k, grouped=True)
-        to = permute.assign(expert, experts, 1, fp8_gemm.WIDE_ROWS if wide else 64)
-        out = torch.empty(rows, n, dtype=torch.bfloat16, device=device)
-
-        def run() -> None:
-            fp8_gemm.grouped_fp8_matmul(x, x_scale, w, w_scale, to.tiles, out)
-
-        def error() -> float:
-            run()
-            last = dequantise_ref(Weight(w[-1], w_scale[-1]))
-            few = slice(rows - min(each, 64), rows)
-            return relative(out[few], dequantise_rows_ref(x[few], x_scale[:, few]) @ last.T)
-
-        others: dict[str, Other] = {}
-        bench_others.grouped_products(others, x, x_scale, w, w_scale, each)
-        return Built(run, error, w.numel() + rows * (k + 2 * n), 2.0 * rows * n * k, "fp8", others)
-
-    return build
-
-
-def _decode(d: Dimensions, batch: int, context: int, device: str, fp8: bool) -> Callable[[], Built]:
-    def build() -> Built:
-        per = -(-context // PAGE_TOKENS)
-        width = d.latent + d.rope
-        plain_pages = torch.randn(batch * per, PAGE_TOKENS, width, device=device).bfloat16()
-        pages = plain_pages
-        if fp8:
-            tokens = plain_pages.float().view(-1, width).split([d.latent, d.rope], dim=1)
-            pages = fp8_tokens_ref(*tokens).view(batch * per, PAGE_TOKENS, -1)
-        table = torch.randperm(batch * per, device=device).int().view(batch, per)
-        sequence = torch.arange(batch, dtype=torch.int32, device=device)
-        position = torch.full((batch,), context - 1, dtype=torch.int32, device=device)
-        q = torch.randn(batch, d.heads, width, device=device).bfloat16()
-
-        def run(of: slice = slice(None)) -> Tensor:
-            return mla_decode.mla_attention(
-                q[of], pages, table, sequence[of], position[of], width**-0.5, d.latent
-            )
-
-        def error() -> float:
-            expected = mla_attention_ref(
-                q[:2].float(), read_pages_ref(pages, d.latent, d.rope).float(), table,
-                sequence[:2], position[:2], width**-0.5, d.latent,
-            )  # fmt: skip
-            return relative(run(slice(0, 2)), expected)
-
-        gathered = plain_pages[table.long()].view(batch, -1, width)[:, :context]
-
-        def plain() -> Tensor:
-            score = torch.bmm(q, gathered.transpose(1, 2)) * width**-0.5
-            return torch.bmm(score.softmax(-1), gathered[..., : d.latent])
-
-        others: dict[str, Other] = {"cuBLAS bmm": plain}
-        bench_others.latent_attention(others, q, pages, table, position + 1, d.latent, width**-0.5)
-        keys = float(batch * context)
-        moved = keys * _token(d, fp8) + 2 * batch * d.heads * (width + d.latent)
-        return Built(
-            run, error, moved, 2 * keys * d.heads * (width + d.latent), "bf16",
-            others,
-        )  # fmt: skip
-
-    return build
+    others = bench_others.latent_attention(q, pages, table, position + 1, d.latent, width**-0.5)
+    others["cuBLAS bmm"] = plain
+    keys = float(batch * context)
+    moved = keys * _token(d, fp8) + 2 * batch * d.heads * (width + d.latent)
+    return Built(run, error, moved, 2 * keys * d.heads * (width + d.latent), "bf16", others)
 
 
 def _token(d: Dimensions, fp8: bool) -> float:
@@ -282,177 +264,132 @@ def _token(d: Dimensions, fp8: bool) -> float:
     return float(token_bytes("fp8" if fp8 else "auto", "cuda", d.latent, d.rope))
 
 
-def _prefill(d: Dimensions, new: int, total: int, device: str) -> Callable[[], Built]:
-    def build() -> Built:
-        q = torch.randn(new, d.heads, d.nope + d.rope, device=device).bfloat16()
-        kv = torch.randn(total, d.heads, d.nope + d.value, device=device).bfloat16()
-        rope = torch.randn(total, d.rope, device=device).bfloat16()
-        scale = (d.nope + d.rope) ** -0.5
-        k = torch.cat([kv[..., : d.nope], rope[:, None].expand(-1, d.heads, -1)], dim=-1)
-        by_head = [x.transpose(0, 1)[None] for x in (q, k, kv[..., d.nope :])]
+def _prefill(d: Dimensions, new: int, total: int, device: str) -> Built:
+    q = torch.randn(new, d.heads, d.nope + d.rope, device=device).bfloat16()
+    kv = torch.randn(total, d.heads, d.nope + d.value, device=device).bfloat16()
+    rope = torch.randn(total, d.rope, device=device).bfloat16()
+    scale = (d.nope + d.rope) ** -0.5
+    k = torch.cat([kv[..., : d.nope], rope[:, None].expand(-1, d.heads, -1)], dim=-1)
+    by_head = [x.transpose(0, 1)[None] for x in (q, k, kv[..., d.nope :])]
+    run = partial(mla_prefill.mla_prefill, q, kv, rope, scale)
 
-        def error() -> float:
-            last, keys, values = (x[0, :2].float() for x in by_head)
-            score = last[:, -16:] @ keys.transpose(1, 2) * scale
-            ahead = torch.arange(total, device=device)[None] > torch.arange(
-                total - score.shape[1], total, device=device
-            )[:, None]  # fmt: skip
-            expected = score.masked_fill(ahead, -torch.inf).softmax(-1) @ values
-            actual = mla_prefill.mla_prefill(q, kv, rope, scale)[-16:, :2]
-            return relative(actual.transpose(0, 1), expected)
+    def error() -> float:
+        last, keys, values = (x[0, :2].float() for x in by_head)
+        score = last[:, -16:] @ keys.transpose(1, 2) * scale
+        position = torch.arange(total, device=device)
+        ahead = position > position[-score.shape[1] :, None]
+        expected = score.masked_fill(ahead, -torch.inf).softmax(-1) @ values
+        return relative(run()[-16:, :2].transpose(0, 1), expected)
 
-        pairs = new * (total - new) + new * (new + 1) / 2
-        others: dict[str, Other] = {}
-        if new == total:
-            others["SDPA"] = lambda: F.scaled_dot_product_attention(
-                by_head[0], by_head[1], by_head[2], is_causal=True, scale=scale
-            )
-        return Built(
-            lambda: mla_prefill.mla_prefill(q, kv, rope, scale), error,
-            2.0 * (q.numel() + kv.numel() + rope.numel() + new * d.heads * d.value),
-            2 * pairs * d.heads * (d.nope + d.rope + d.value), "bf16", others,
-        )  # fmt: skip
-
-    return build
+    pairs = new * (total - new) + new * (new + 1) / 2
+    others: dict[str, Other] = {}
+    if new == total:
+        others["SDPA"] = lambda: F.scaled_dot_product_attention(
+            by_head[0], by_head[1], by_head[2], is_causal=True, scale=scale
+        )
+    return Built(
+        run, error,
+        2.0 * (q.numel() + kv.numel() + rope.numel() + new * d.heads * d.value),
+        2 * pairs * d.heads * (d.nope + d.rope + d.value), "bf16", others,
+    )  # fmt: skip
 
 
-def _norm(d: Dimensions, rows: int, device: str) -> Callable[[], Built]:
-    def build() -> Built:
-        x, norm = torch.randn(rows, d.hidden, device=device), _norm_of(d.hidden, device)
-        return Built(
-            lambda: quantise.rms_norm_quantised(x, norm),
-            lambda: relative(
-                dequantise_rows_ref(*quantise.rms_norm_quantised(x, norm)), rms_norm_ref(x, norm)
-            ),
-            5.0 * x.numel(), 0.0, "hbm",
-            {"F.rms_norm alone": lambda: F.rms_norm(x, (d.hidden,), norm.weight_K, 1e-6)},
-        )  # fmt: skip
-
-    return build
+def _norm(d: Dimensions, rows: int, device: str) -> Built:
+    x, norm = torch.randn(rows, d.hidden, device=device), _norm_of(d.hidden, device)
+    run = partial(quantise.rms_norm_quantised, x, norm)
+    return Built(
+        run, lambda: relative(dequantise_rows_ref(*run()), rms_norm_ref(x, norm)),
+        5.0 * x.numel(), 0.0, "hbm",
+        {"F.rms_norm alone": lambda: F.rms_norm(x, (d.hidden,), norm.weight_K, 1e-6)},
+    )  # fmt: skip
 
 
 def _norm_of(width: int, device: str) -> Norm:
     return Norm(torch.rand(width, device=device) + 0.5, 1e-6)
 
 
-def _silu(d: Dimensions, rows: int, device: str) -> Callable[[], Built]:
-    def build() -> Built:
-        x = torch.randn(rows, 2 * d.expert, device=device).bfloat16()
-        gate, up = x.float().chunk(2, dim=1)
-        return Built(
-            lambda: quantise.quantise(x, gated=True),
-            lambda: relative(
-                dequantise_rows_ref(*quantise.quantise(x, gated=True)), F.silu(gate) * up
-            ),
-            5.0 * rows * d.expert, 0.0, "hbm",
-        )  # fmt: skip
-
-    return build
+def _silu(d: Dimensions, rows: int, device: str) -> Built:
+    x = torch.randn(rows, 2 * d.expert, device=device).bfloat16()
+    gate, up = x.float().chunk(2, dim=1)
+    run = partial(quantise.quantise, x, gated=True)
+    return Built(
+        run, lambda: relative(dequantise_rows_ref(*run()), F.silu(gate) * up),
+        5.0 * rows * d.expert, 0.0, "hbm",
+    )  # fmt: skip
 
 
-def _store(d: Dimensions, rows: int, device: str, fp8: bool) -> Callable[[], Built]:
-    def build() -> Built:
-        width = d.latent + d.rope
-        x, norm = torch.randn(rows, width, device=device).bfloat16(), _norm_of(d.latent, device)
-        ops = CudaOps(device, "fp8" if fp8 else "auto")
-        pages = ops.new_pages(-(-rows // PAGE_TOKENS), d.latent, d.rope)
-        table = yarn_cos_sin(8192, d.rope, 1e4, 40, 4096).to(device)
-        positions = torch.arange(rows, dtype=torch.int32, device=device)
+def _store(d: Dimensions, rows: int, fp8: bool, device: str) -> Built:
+    width = d.latent + d.rope
+    x, norm = torch.randn(rows, width, device=device).bfloat16(), _norm_of(d.latent, device)
+    ops = CudaOps(device, "fp8" if fp8 else "auto")
+    pages = ops.new_pages(-(-rows // PAGE_TOKENS), d.latent, d.rope)
+    table = yarn_cos_sin(8192, d.rope, 1e4, 40, 4096).to(device)
+    positions = torch.arange(rows, dtype=torch.int32, device=device)
 
-        def run() -> None:
-            latent_cache.store_latents(x, norm, table, positions, positions.long(), pages)
+    def run() -> None:
+        latent_cache.store_latents(x, norm, table, positions, positions.long(), pages)
 
-        def error() -> float:
-            run()
-            stored = read_pages_ref(pages, d.latent, d.rope).flatten(0, 1)[:rows, : d.latent]
-            return relative(stored, rms_norm_ref(x[:, : d.latent], norm))
+    def error() -> float:
+        run()
+        stored = read_pages_ref(pages, d.latent, d.rope).flatten(0, 1)[:rows, : d.latent]
+        return relative(stored, rms_norm_ref(x[:, : d.latent], norm))
 
-        return Built(run, error, 2.0 * x.numel() + rows * _token(d, fp8), 0.0, "hbm")
-
-    return build
+    return Built(run, error, 2.0 * x.numel() + rows * _token(d, fp8), 0.0, "hbm")
 
 
-def _route(d: Dimensions, rows: int, device: str) -> Callable[[], Built]:
-    def build() -> Built:
-        logits, bias = torch.randn(rows, d.experts, device=device), torch.zeros(d.experts)
-        bias = bias.to(device)
-        how: Any = (logits, bias, d.groups, d.keep, d.top_k, True, 2.5)
+def _route(d: Dimensions, rows: int, device: str) -> Built:
+    logits, bias = torch.randn(rows, d.experts, device=device), torch.zeros(d.experts).to(device)
+    how: Any = (logits, bias, d.groups, d.keep, d.top_k, True, 2.5)
 
-        def error() -> float:
-            (ids, weights), (same, same_weights) = router.route(*how), route_ref(*how)
-            return relative(weights, same_weights) if torch.equal(ids, same) else 1.0
+    def error() -> float:
+        (ids, weights), (same, same_weights) = router.route(*how), route_ref(*how)
+        return relative(weights, same_weights) if torch.equal(ids, same) else 1.0
 
-        others: dict[str, Other] = {"torch, op by op": lambda: route_ref(*how)}
-        return Built(lambda: router.route(*how), error, 4.0 * logits.numel(), 0.0, "hbm", others)
-
-    return build
+    others: dict[str, Other] = {"torch, op by op": lambda: route_ref(*how)}
+    return Built(lambda: router.route(*how), error, 4.0 * logits.numel(), 0.0, "hbm", others)
 
 
-def _chosen(d: Dimensions, rows: int, device: str) -> Tensor:
-    """int32 [T, K], ascending, each expert as likely."""
-    order = torch.rand(rows, d.experts, device=device).argsort(dim=1)[:, : d.top_k]
-    return order.sort(dim=1).values.int()
+def _sort(d: Dimensions, rows: int, device: str) -> Built:
+    chosen = torch.rand(rows, d.experts, device=device).argsort(dim=1)[:, : d.top_k]
+    pairs = chosen.sort(dim=1).values.int().flatten()
+    run = partial(permute.assign, pairs, d.experts, d.top_k)
+
+    def error() -> float:
+        return float(not torch.equal(run().pair_S.long(), pairs.sort(stable=True).indices))
+
+    others: dict[str, Other] = {"torch.sort": lambda: pairs.sort(stable=True)}
+    return Built(run, error, 12.0 * len(pairs), 0.0, "hbm", others)
 
 
-def _sort(d: Dimensions, rows: int, device: str) -> Callable[[], Built]:
-    def build() -> Built:
-        pairs = _chosen(d, rows, device).flatten()
+def _combine(d: Dimensions, rows: int, device: str) -> Built:
+    y = torch.randn(rows * d.top_k, d.hidden, device=device).bfloat16()
+    weights = torch.rand(rows, d.top_k, device=device)
+    into = torch.zeros(rows, d.hidden, device=device)
 
-        def error() -> float:
-            order = permute.assign(pairs, d.experts, d.top_k).pair_S
-            return float(not torch.equal(order.long(), pairs.sort(stable=True).indices))
+    def error() -> float:
+        fresh = torch.zeros_like(into)
+        permute.combine(y, weights, fresh)
+        by_row = y.view(rows, d.top_k, -1).float()  # summed in another order
+        return relative(fresh, torch.einsum("tkd,tk->td", by_row, weights))
 
-        others: dict[str, Other] = {"torch.sort": lambda: pairs.sort(stable=True)}
-        return Built(
-            lambda: permute.assign(pairs, d.experts, d.top_k), error, 12.0 * len(pairs), 0.0,
-            "hbm", others,
-        )  # fmt: skip
-
-    return build
+    moved = 2.0 * y.numel() + 8.0 * into.numel()
+    return Built(lambda: permute.combine(y, weights, into), error, moved, 0.0, "hbm")
 
 
-def _combine(d: Dimensions, rows: int, device: str) -> Callable[[], Built]:
-    def build() -> Built:
-        y = torch.randn(rows * d.top_k, d.hidden, device=device).bfloat16()
-        weights = torch.rand(rows, d.top_k, device=device)
-        into = torch.zeros(rows, d.hidden, device=device)
+def _sampling(d: Dimensions, rows: int, top_p: float, device: str) -> Built:
+    logits = torch.randn(rows, d.vocab, device=device) * 3
+    draws = [Draw(0.6, 0, top_p, 0.0, 1, r) for r in range(rows)]
+    run = partial(sample.draw_prepared, logits, sample.prepare(draws, logits.device))
 
-        def error() -> float:
-            fresh = torch.zeros_like(into)
-            permute.combine(y, weights, fresh)
-            expected = torch.einsum(
-                "tkd,tk->td", y.view(rows, d.top_k, -1).float(), weights
-            )  # not in order: equal but for rounding
-            return relative(fresh, expected)
+    def error() -> float:
+        noise = gumbel_noise([noise_key(1, r) for r in range(rows)], d.vocab).to(device)
+        scaled = logits / 0.6
+        for row in scaled:
+            if top_p < 1.0:
+                row.masked_fill_(~keep_mask(row, 0, top_p, 0.0), -torch.inf)
+        return 1.0 - float(((scaled + noise).argmax(dim=1) == run()).float().mean())
 
-        moved = 2.0 * y.numel() + 8.0 * into.numel()
-        return Built(lambda: permute.combine(y, weights, into), error, moved, 0.0, "hbm")
-
-    return build
-
-
-def _sampling(d: Dimensions, rows: int, top_p: float, device: str) -> Callable[[], Built]:
-    def build() -> Built:
-        logits = torch.randn(rows, d.vocab, device=device) * 3
-        prepared = sample.prepare(
-            [Draw(0.6, 0, top_p, 0.0, 1, r) for r in range(rows)], logits.device
-        )
-
-        def error() -> float:
-            noise = gumbel_noise([noise_key(1, r) for r in range(rows)], d.vocab).to(device)
-            scaled = logits / 0.6
-            for row in scaled:
-                if top_p < 1.0:
-                    row.masked_fill_(~keep_mask(row, 0, top_p, 0.0), -torch.inf)
-            same = (scaled + noise).argmax(dim=1) == sample.draw_prepared(logits, prepared)
-            return 1.0 - float(same.float().mean())
-
-        others: dict[str, Other] = {
-            "torch.multinomial": lambda: torch.multinomial((logits / 0.6).softmax(-1), 1)
-        }
-        return Built(
-            lambda: sample.draw_prepared(logits, prepared), error, 4.0 * logits.numel(), 0.0,
-            "hbm", others,
-        )  # fmt: skip
-
-    return build
+    others: dict[str, Other] = {
+        "torch.multinomial": lambda: torch.multinomial((logits / 0.6).softmax(-1), 1)
+    }
+    return Built(run, error, 4.0 * logits.numel(), 0.0, "hbm", others)

@@ -1,6 +1,6 @@
 """Public implementations beside which the bench measures ours, those that are installed.
 
-Each function adds to `others` what a case calls and times; what plans ahead has done it. An
+Each function gives what a case calls and times, by name; what plans ahead has done it. An
 implementation that refuses a shape says so in its place of the table.
 """
 
@@ -33,13 +33,13 @@ def _refuse(problem: Exception) -> None:
     raise problem
 
 
-def fp8_products(
-    others: dict[str, Other], x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor
-) -> None:
+def fp8_products(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> dict[str, Other]:
     """x [T, K], w [N, K] in e4m3; scales [K/128, T] and [N/128, K/128]."""
-    others["torch._scaled_mm"] = lambda: torch._scaled_mm(
-        x, w.T, scale_a=x_scale.T, scale_b=w_scale.T, out_dtype=torch.bfloat16
-    )
+    others: dict[str, Other] = {
+        "torch._scaled_mm": lambda: torch._scaled_mm(
+            x, w.T, scale_a=x_scale.T, scale_b=w_scale.T, out_dtype=torch.bfloat16
+        )
+    }
     out = torch.empty(len(x), len(w), dtype=torch.bfloat16, device=x.device)
     rows = x_scale.T  # columns first in memory, as it wants them
 
@@ -47,23 +47,24 @@ def fp8_products(
         return lambda: deep_gemm.fp8_gemm_nt((x, rows), (w, w_scale), out)
 
     add(others, "DeepGEMM", "deep_gemm", plan)
+    return others
 
 
 def grouped_products(
-    others: dict[str, Other], x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, each: int
-) -> None:
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, each: int
+) -> dict[str, Other]:
     """w [E, N, K], and `each` rows of x for each expert; otherwise as above."""
     experts, n, k = w.shape
     rows, device = experts * each, x.device
     ends = (torch.arange(experts, device=device, dtype=torch.int32) + 1) * each
     ones, each_n = torch.ones(rows, device=device), torch.ones(experts, n, device=device)
-    others["torch._scaled_grouped_mm"] = lambda: torch._scaled_grouped_mm(
-        x, w.transpose(1, 2), ones, each_n, offs=ends, out_dtype=torch.bfloat16
-    )
     x16, w16 = x.bfloat16(), w.bfloat16()
-    others["torch._grouped_mm, bf16"] = lambda: torch._grouped_mm(
-        x16, w16.transpose(1, 2), offs=ends
-    )
+    others: dict[str, Other] = {
+        "torch._scaled_grouped_mm": lambda: torch._scaled_grouped_mm(
+            x, w.transpose(1, 2), ones, each_n, offs=ends, out_dtype=torch.bfloat16
+        ),
+        "torch._grouped_mm, bf16": lambda: torch._grouped_mm(x16, w16.transpose(1, 2), offs=ends),
+    }
     out = torch.empty(rows, n, dtype=torch.bfloat16, device=device)
 
     def contiguous(deep_gemm: Any) -> Other:
@@ -80,15 +81,15 @@ def grouped_products(
         )
 
     add(others, "DeepGEMM", "deep_gemm", masked if each % 128 else contiguous)
+    return others
 
 
 def latent_attention(
-    others: dict[str, Other], q: Tensor, pages: Tensor, table: Tensor, lengths: Tensor,
-    latent: int, scale: float,
-) -> None:  # fmt: skip
+    q: Tensor, pages: Tensor, table: Tensor, lengths: Tensor, latent: int, scale: float
+) -> dict[str, Other]:
     """One row a sequence: q [B, H, X], pages bfloat16 [P, 64, X] or FP8, lengths int32 [B]."""
     batch, heads, width = q.shape
-    fp8 = pages.dtype is torch.uint8
+    others: dict[str, Other] = {}
 
     def flash_mla(module: Any) -> Other:
         tiles, splits = module.get_mla_metadata(lengths, heads, 1)
@@ -107,6 +108,9 @@ def latent_attention(
         parts = *q.split([latent, width - latent], -1), *pages.split([latent, width - latent], -1)
         return lambda: wrapper.run(*parts)
 
-    if not fp8:  # theirs of FP8 pages are for sparse attention, or of another layout
+    if (
+        pages.dtype is not torch.uint8
+    ):  # theirs of FP8 pages are for sparse attention, or of another layout
         add(others, "FlashMLA", "flash_mla", flash_mla)
         add(others, "FlashInfer", "flashinfer.mla", flashinfer)
+    return others

@@ -14,12 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import ray
 import ray.exceptions
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayseek.cluster.config import ExchangeSettings
 from rayseek.cluster.dispatch import RankAddress
 from rayseek.cluster.plan import ITS_END, Member, Pulse
-from rayseek.cluster.rank import Elsewhere, Started
+from rayseek.cluster.rank import Elsewhere, Seat, Started
+from rayseek.cluster.spec import RankSpec
 
 log = logging.getLogger("rayseek.unit")
 
@@ -221,30 +224,40 @@ class Crew:
         return answers
 
 
+def spawn(kind: type[Seat], name: str, spec: RankSpec, bundle: int) -> Any:
+    """The actor of a rank, in this bundle of the caller's placement group. `name` is what the
+    dashboard calls it. Its CPU is what the group keeps free, not a resource. It has no runtime
+    environment, so that it may get one of the processes that Ray starts in advance: that is up to a
+    second."""
+    options: dict[str, Any] = {"name": name, "num_cpus": 0, "num_gpus": spec.gpus}
+    group = ray.util.get_current_placement_group()
+    if group is not None:
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+            group, placement_group_bundle_index=bundle
+        )
+    return ray.remote(kind).options(**options).remote(name, spec)
+
+
 async def start(actor: Any, within_s: float, on_sign: Callable[[], None] | None = None) -> Started:
     """What its `start` says. Raises TimeoutError if that takes longer, or if the process hangs in
     it: it is asked for signs of life from its first one on, for until then it may wait for a place.
     on_sign: called at the first.
     """
-    starting = asyncio.ensure_future(_awaited(actor.start.remote()))
+    starting = asyncio.ensure_future(actor.start.remote())
     starting.add_done_callback(lambda done: done.cancelled() or done.exception())  # it is seen
     try:
         async with asyncio.timeout(within_s):
-            await _awaited(actor.epoch.remote())
+            await actor.epoch.remote()
             if on_sign is not None:
                 on_sign()
             while not starting.done():
                 async with asyncio.timeout(STARTING_S):
-                    await _awaited(actor.epoch.remote())
+                    await actor.epoch.remote()
                 await asyncio.wait([starting], timeout=LOOK_S)
             started: Started = starting.result()
             return started
     finally:
         starting.cancel()
-
-
-async def _awaited(reference: Any) -> Any:
-    return await reference
 
 
 async def pulse_of(hand: Hand, unit: str) -> Pulse | None:

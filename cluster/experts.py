@@ -16,14 +16,12 @@ from typing import Any
 
 import ray
 import ray.exceptions
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rayseek.cluster.crew import last_line, start
+from rayseek.cluster.crew import last_line, spawn, start
 from rayseek.cluster.logs import start_logging
 from rayseek.cluster.rank import ExpertRank, Started
 from rayseek.cluster.spec import RankSpec
 from rayseek.cluster.status import Roll, ask
-from rayseek.cluster.unit import rank_options
 
 log = logging.getLogger("rayseek.experts")
 
@@ -63,10 +61,10 @@ class Experts:
         while True:
             name = f"experts-{ray.get_runtime_context().get_actor_id()[:8]}-{next(self._numbers)}"
             self._name = name
-            actor = self._spawn(name)
+            actor = spawn(ExpertRank, name, self._spec, BUNDLE)
             try:
                 started = await start(actor, self._spec.settings.load_timeout_s)
-                death = asyncio.ensure_future(_awaited(actor.run_forever.remote()))
+                death = asyncio.ensure_future(actor.run_forever.remote())
                 while not death.done():
                     if not self._leaving:
                         await self._see_to_it(actor, started)
@@ -78,15 +76,6 @@ class Experts:
             finally:
                 with contextlib.suppress(Exception):
                     ray.kill(actor)
-
-    def _spawn(self, name: str) -> Any:
-        group = ray.util.get_current_placement_group()
-        options = rank_options(self._spec, name)
-        if group is not None:
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-                group, placement_group_bundle_index=BUNDLE
-            )
-        return ray.remote(ExpertRank).options(**options).remote(name, self._spec)
 
     async def _see_to_it(self, actor: Any, started: Started) -> None:
         """Offer the rank to the unit that misses most, unless some unit has it.
@@ -104,7 +93,3 @@ class Experts:
         if missing > 0:  # the unit may have gone; then the next look finds another
             deployment = self._rolls[index].units
             await ask(deployment, "attach", unit, actor, started, limit_s=ATTACH_S)
-
-
-async def _awaited(reference: Any) -> Any:
-    return await reference

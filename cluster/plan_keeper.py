@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import ray.exceptions
@@ -149,7 +149,7 @@ class PlanKeeper:
             self.plan, self._why = plan, ""
             self._thin_spots = thin_spots(plan, self.wanted)
             self._rebalance = False
-            await _all(h.actor.commit.remote(plan) for h in crew)
+            await asyncio.gather(*(h.actor.commit.remote(plan) for h in crew))
         except ray.exceptions.RayError as error:
             log.warning("plan %d cannot be followed: %s", plan.epoch, last_line(error))
             return False
@@ -166,7 +166,7 @@ class PlanKeeper:
         """Whether all could prepare. A process that could not, or not in time, is killed."""
         unit, limit = self._crew.unit, self._load_timeout_s
         outcomes = await asyncio.gather(
-            *(asyncio.wait_for(_of(h.actor.prepare.remote(plan, unit)), limit) for h in crew),
+            *(asyncio.wait_for(h.actor.prepare.remote(plan, unit), limit) for h in crew),
             return_exceptions=True,
         )
         for hand, outcome in zip(crew, outcomes, strict=True):
@@ -201,11 +201,3 @@ async def _follows(hand: Hand, epoch: int) -> bool:
 def _clock() -> int:
     """Milliseconds since 1970."""
     return time.time_ns() // 1_000_000
-
-
-async def _of(reference: Any) -> None:
-    await reference
-
-
-async def _all(references: Iterable[Any]) -> None:
-    await asyncio.gather(*references)

@@ -18,9 +18,8 @@ from typing import Any
 
 import ray
 import ray.exceptions
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rayseek.cluster.crew import SILENT_S, STARTED_LATER_S, Crew, last_line, start
+from rayseek.cluster.crew import SILENT_S, STARTED_LATER_S, Crew, last_line, spawn, start
 from rayseek.cluster.expert_load import ExpertLoad, pays
 from rayseek.cluster.logs import start_logging
 from rayseek.cluster.metrics import UNIT, Meter, RayMeter
@@ -37,7 +36,7 @@ from rayseek.cluster.plan import (
 )
 from rayseek.cluster.plan_keeper import PlanKeeper
 from rayseek.cluster.rank import Elsewhere, Rank, Started
-from rayseek.cluster.spec import RankSpec, UnitSpec
+from rayseek.cluster.spec import UnitSpec
 from rayseek.cluster.status import UnitStatus
 from rayseek.cluster.unit_report import UnitReport, UnitView
 
@@ -47,13 +46,6 @@ PULSE_S = 1.0
 ENGAGE_S = 2.0  # for an expert rank to say that it is free
 FINISH_S = 20.0  # for the requests on board when the unit is to stop; less than Serve's grace
 RETIRE_S = 2.0
-
-
-def rank_options(spec: RankSpec, name: str) -> dict[str, Any]:
-    """Of the actor of any rank; `name` is what the dashboard calls it. Its CPU is what its
-    placement group keeps free, not a resource. It has no runtime environment, so that it may get
-    one of the processes that Ray starts in advance: that is up to a second."""
-    return {"name": name, "num_cpus": 0, "num_gpus": spec.gpus}
 
 
 class Unit:
@@ -164,7 +156,7 @@ class Unit:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(RETIRE_S):
                 await asyncio.gather(
-                    *(_of(h.actor.retire.remote()) for h in ranks), return_exceptions=True
+                    *(h.actor.retire.remote() for h in ranks), return_exceptions=True
                 )
 
     async def __del__(self) -> None:
@@ -223,13 +215,7 @@ class Unit:
                 await asyncio.sleep(STARTED_LATER_S)
 
     def _spawn(self, index: int, name: str) -> Any:
-        group = ray.util.get_current_placement_group()
-        options: dict[str, Any] = rank_options(self._spec.rank, name)
-        if group is not None:
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-                group, placement_group_bundle_index=self._spec.bundles[index]
-            )
-        return ray.remote(Rank).options(**options).remote(name, self._spec.rank)
+        return spawn(Rank, name, self._spec.rank, self._spec.bundles[index])
 
     def _kill(self, actor: Any) -> None:
         with contextlib.suppress(Exception):
@@ -294,7 +280,3 @@ def _all_on_one(wanted: Wanted) -> ExpertPlacement:
     """Where a lone rank has its experts."""
     experts = tuple(range(wanted.num_experts))
     return ExpertPlacement(0, dict.fromkeys(wanted.layers, experts), wanted.num_experts, (0,))
-
-
-async def _of(reference: Any) -> None:
-    await reference

@@ -20,6 +20,9 @@ STORE_PART = 4  # Ray's object store is this part of /dev/shm: nothing of ours g
 UNIT_GRACE_S = 600
 IDLE_S = 300  # before a pod without a unit goes: another unit might find its page cache warm
 HOME = "/home/rayseek"
+# What nodes with GPUs have a copy of, with `node_path`; other pods are on any node, and read a few
+# small files only.
+CLAIM = "rayseek-weights"
 CONFINED = {
     "allowPrivilegeEscalation": False,
     "readOnlyRootFilesystem": True,
@@ -67,7 +70,7 @@ def worker_pod(config: Config, group: Group) -> dict[str, Any]:
         pod = _pod(config, group.name, group.size, ports, {})
         spec = pod["spec"]
         spec["terminationGracePeriodSeconds"] = config.ingress.longest_stream_s + 60
-        drain = ["bash", "-c", drain_script(config.ingress.port)]
+        drain = ["bash", "-c", drain_script(ports["serve"], ports.get("grpc"))]
         spec["containers"][0]["lifecycle"] = {"preStop": {"exec": {"command": drain}}}
         spec["topologySpreadConstraints"] = [
             {
@@ -98,11 +101,12 @@ def autoscaler_options() -> dict[str, Any]:
     }
 
 
-def drain_script(port: int, tables: str = "/proc/net/tcp*") -> str:
+def drain_script(*ports: int | None, tables: str = "/proc/net/tcp*") -> str:
     """Wait until endpoints have forgotten the pod, and then until no client is connected."""
+    served = "|".join(f"{port:04X}" for port in ports if port is not None)
     return (
         "sleep 15; while grep -qE "
-        f"'^ *[0-9]+: [0-9A-F]+:{port:04X} [0-9A-F]+:[0-9A-F]+ 01 ' {tables}; do sleep 2; done"
+        f"'^ *[0-9]+: [0-9A-F]+:({served}) [0-9A-F]+:[0-9A-F]+ 01 ' {tables}; do sleep 2; done"
     )
 
 
@@ -174,11 +178,12 @@ def _pod(
         volumes.append(
             {"name": "keys", "secret": {"secretName": "rayseek-keys", "defaultMode": 0o440}}
         )
+    folder, claim = cell.weights.node_path, cell.weights.claim
     source: dict[str, Any] | None = None
-    if cell.weights.claim is not None:
-        source = {"persistentVolumeClaim": {"claimName": cell.weights.claim, "readOnly": True}}
-    elif cell.weights.node_path is not None:
-        source = {"hostPath": {"path": cell.weights.node_path, "type": "Directory"}}
+    if folder is not None and component not in ("head", INGRESS):
+        source = {"hostPath": {"path": folder, "type": "Directory"}}
+    elif folder is not None or claim is not None:
+        source = {"persistentVolumeClaim": {"claimName": claim or CLAIM, "readOnly": True}}
     if source is not None and config.model.path is not None:
         mounts.append(
             {"name": "models", "mountPath": str(config.model.path.parent), "readOnly": True}

@@ -17,7 +17,7 @@ from rayseek.cluster.config import Config, TraceSettings, load_config
 from rayseek.cluster.layout import layout
 from rayseek.model.official import DEEPSEEK_V3
 from rayseek.serve_app.k8s.groups import Group, groups
-from rayseek.serve_app.k8s.pods import drain_script, gib
+from rayseek.serve_app.k8s.pods import drain_script, gib, worker_pod
 from rayseek.serve_app.k8s.schemas import schema_of, strict
 from rayseek.serve_app.k8s.yaml_text import read, text
 
@@ -149,14 +149,36 @@ def test_the_schema_is_the_crd_made_strict() -> None:
 def test_a_pod_leaves_when_its_last_client_has_left(tmp_path: Path) -> None:
     row = " 0: 0100007F:{:04X} 0100007F:D431 {} 00000000:00000000 00:00000000 00000000\n"
     table = tmp_path / "tcp"
-    pattern = re.findall(r"'(.*?)'", drain_script(8000, str(table)))[0]
+    pattern = re.findall(r"'(.*?)'", drain_script(8000, 9000, tables=str(table)))[0]
     for content, busy in [
         (row.format(8000, "01"), True), (row.format(8000, "0A"), False),
-        (row.format(8001, "01"), False), ("", False),
+        (row.format(9000, "01"), True), (row.format(8001, "01"), False), ("", False),
     ]:  # fmt: skip
         table.write_text(content)
         found = subprocess.run(["grep", "-qE", pattern, table], check=False)
         assert (found.returncode == 0) == busy
+
+
+@pytest.mark.parametrize("port", [None, 9000])
+def test_clients_of_both_doors_are_waited_for(port: int | None) -> None:
+    config = load_config("cpu-smoke")
+    ingress = config.ingress.model_copy(update={"grpc_port": port})
+    cell = config.model_copy(update={"ingress": ingress})
+    (group, *_) = groups(cell, layout(cell, DEEPSEEK_V3))
+    (container,) = worker_pod(cell, group)["spec"]["containers"]
+    assert container["lifecycle"]["preStop"]["exec"]["command"][-1] == drain_script(8000, port)
+
+
+def test_only_nodes_with_gpus_have_a_copy_of_the_weights() -> None:
+    """Head and ingress pods are on any node, where the folder may not be: they read the claim."""
+    (service,) = read((ROOT / "k8s/overlays/h800-cell-18/rayservice.yaml").read_text())
+    cluster = service["spec"]["rayClusterConfig"]
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        spec = group["template"]["spec"]
+        (models,) = (v for v in spec["volumes"] if v["name"] == "models")
+        on_gpu_node = "nvidia.com/gpu" in spec["containers"][0]["resources"]["limits"]
+        assert ("hostPath" in models) == on_gpu_node
+        assert models.get("persistentVolumeClaim", {}).get("claimName") in (None, "rayseek-weights")
 
 
 @pytest.mark.parametrize("endpoint, port", [("http://otel.watch:4318", 4318), ("https://t", 443)])

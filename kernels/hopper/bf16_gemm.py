@@ -8,7 +8,7 @@ Reference: `linear_ref`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -18,21 +18,8 @@ from torch import Tensor
 from rayseek.kernels.hopper.offline import Variant
 
 STEP = 64  # of k
-
-
-class Tile(NamedTuple):
-    """Weight rows x tokens of a program."""
-
-    weights: int
-    tokens: int
-    warps: int
-    stages: int
-
-
-TILES = {
-    16: Tile(128, 16, 4, 6), 32: Tile(128, 32, 4, 6), 64: Tile(128, 64, 4, 5),
-    128: Tile(128, 128, 8, 4),
-}  # fmt: skip
+WEIGHTS = 128  # rows of a tile
+TILES = {16: (4, 6), 32: (4, 6), 64: (4, 5), 128: (8, 4)}  # its tokens: warps, stages
 
 
 @triton.jit
@@ -85,35 +72,21 @@ def _launch(x: Tensor, w: Tensor, residual: Tensor | None, out: Tensor) -> None:
     n = w.shape[1]
     if not rows:
         return
-    tile = TILES[min(max(triton.next_power_of_2(rows), 16), 128)]
-    bf16_kernel[(triton.cdiv(rows, tile.tokens), triton.cdiv(n, tile.weights), batch)](
+    tokens = min(max(triton.next_power_of_2(rows), 16), 128)
+    warps, stages = TILES[tokens]
+    bf16_kernel[(triton.cdiv(rows, tokens), triton.cdiv(n, WEIGHTS), batch)](
         x, w, residual, out, rows, n, k, x.stride(1), x.stride(0), out.stride(1), out.stride(0),
         residual.stride(0) if residual is not None else 0,
-        residual is not None, k % STEP == 0, tile.weights, tile.tokens, STEP,
-        num_warps=tile.warps, num_stages=tile.stages,
+        residual is not None, k % STEP == 0, WEIGHTS, tokens, STEP, num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip
 
 
-def _variants() -> list[Variant]:
-    found = []
+def variants() -> Iterator[Variant]:
+    """For the gate; see `offline.py`."""
     for out, kind in (("fp32", "gemm"), ("bf16", "batched")):
         types = {"x": "*bf16", "w": "*bf16", "residual": "*fp32", "out": f"*{out}"}
-        for tile in TILES.values():
-            constants = {"RESIDUAL": False, "EVEN_K": True, "BN": tile.weights, "BT": tile.tokens,
-                         "BK": STEP}  # fmt: skip
-            found.append(
-                Variant(
-                    f"bf16 {kind} {tile.weights}x{tile.tokens}",
-                    bf16_kernel,
-                    types,
-                    constants,
-                    tile.warps,
-                    tile.stages,
-                    wgmma=True,
-                    unaligned=("T",),
-                )  # fmt: skip
-            )
-    return found
-
-
-VARIANTS = _variants()
+        for tokens, (warps, stages) in TILES.items():
+            sizes = {"RESIDUAL": False, "EVEN_K": True, "BN": WEIGHTS, "BT": tokens, "BK": STEP}
+            yield Variant(f"bf16 {kind} {WEIGHTS}x{tokens}", bf16_kernel, types, sizes, warps,
+                          stages, wgmma=True, unaligned=("T",))  # fmt: skip

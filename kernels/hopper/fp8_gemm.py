@@ -14,6 +14,7 @@ which rows each tile has and which expert's they are. Reference: dequantised val
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,15 +25,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rayseek.kernels.fp8 import BLOCK
 from rayseek.kernels.hopper.offline import Variant
-
-
-class Swapped(NamedTuple):
-    """Tile of the swapped form: weight rows x tokens."""
-
-    weights: int
-    tokens: int
-    warps: int
-    stages: int
 
 
 class Tiles(NamedTuple):
@@ -50,12 +42,8 @@ class Tiles(NamedTuple):
 WIDE_ROWS = 128  # rows of a tile of the wide form, and from how many rows on it is used
 WIDE_WARPS, WIDE_STAGES, WIDE_SWIZZLE = 8, 4, 8
 STREAMING_BLOCKS = 132  # fewer tiles of 128 weight rows than processors: take tiles of 64
-SWAPPED = {
-    (weights, tokens): Swapped(weights, tokens, 4, stages)
-    for weights, tokens, stages in [
-        (64, 16, 8), (64, 32, 8), (64, 64, 6), (128, 16, 6), (128, 32, 6), (128, 64, 5),
-    ]
-}  # fmt: skip
+WARPS = 4  # of the swapped form, and its stages by weight rows and tokens of a tile
+STAGES = {(64, 16): 8, (64, 32): 8, (64, 64): 6, (128, 16): 6, (128, 32): 6, (128, 64): 5}
 
 
 @triton.jit
@@ -225,68 +213,36 @@ def _swapped(
 ) -> None:  # fmt: skip
     n, k = w.shape[-2:]
     table = tiles[:3] if tiles else (None, None, None)
-    config = swapped_config(n, tokens, len(w) if tiles else 1)
-    swapped_kernel[(count, triton.cdiv(n, config.weights))](
+    # Small tiles where large ones would leave processors idle.
+    weights = 128 if n // 128 * (len(w) if tiles else 1) >= STREAMING_BLOCKS else 64
+    swapped_kernel[(count, triton.cdiv(n, weights))](
         x, x_scale, w, w_scale, residual, out, *table, rows_to, rows_from, len(x), n, k,
         residual.stride(0) if residual is not None else 0,
         tiles is not None, residual is not None, rows_to is not None, rows_from is not None,
-        k % BLOCK == 0, config.weights, tokens, num_warps=config.warps, num_stages=config.stages,
+        k % BLOCK == 0, weights, tokens, num_warps=WARPS, num_stages=STAGES[weights, tokens],
     )  # fmt: skip
 
 
-def swapped_config(n: int, tokens: int, experts: int = 1) -> Swapped:
-    """Tile for weights of n rows; small tiles where large ones would leave processors idle."""
-    enough = n // 128 * experts >= STREAMING_BLOCKS
-    return SWAPPED[128 if enough else 64, tokens]
-
-
-def _variants() -> list[Variant]:
+def variants() -> Iterator[Variant]:
+    """For the gate; see `offline.py`."""
     types = {
         "x": "*fp8e4nv", "x_scale": "*fp32", "w": "*fp8e4nv", "w_scale": "*fp32",
         "residual": "*fp32", "out": "*bf16", "tile_expert": "*i32", "tile_first": "*i32",
         "tile_stop": "*i32", "scatter": "*i32", "gather": "*i32",
     }  # fmt: skip
     loose = ("T", "tile_first", "tile_stop", "scatter", "gather")
-    plain = {"GROUPED": False, "RESIDUAL": False, "SCATTER": False, "GATHER": False}
-    uses = {"gemm": plain, "gemm residual": plain | {"RESIDUAL": True},
-            "experts up": plain | {"GROUPED": True, "GATHER": True},
-            "experts down": plain | {"GROUPED": True, "SCATTER": True}}  # fmt: skip
-    found = []
-    for config in SWAPPED.values():
-        for use, flags in uses.items():
-            sizes = {"EVEN_K": True, "BN": config.weights, "BT": config.tokens}
-            out = {"out": "*fp32"} if flags["RESIDUAL"] else {}
-            found.append(
-                Variant(
-                    f"fp8 {use} {config.weights}x{config.tokens}",
-                    swapped_kernel,
-                    types | out,
-                    flags | sizes,
-                    config.warps,
-                    config.stages,
-                    wgmma=True,
-                    unaligned=loose,
-                )  # fmt: skip
-            )
+    plain = {"GROUPED": False, "RESIDUAL": False, "SCATTER": False}
+    residual, up = plain | {"RESIDUAL": True}, plain | {"GROUPED": True}
+    down = up | {"SCATTER": True}
+    uses = {"gemm": plain, "gemm residual": residual, "experts up": up, "experts down": down}
     tile = f"tensordesc<fp8e4nv[{WIDE_ROWS}, {BLOCK}]>"
     for use, flags in uses.items():
+        kinds = types | ({"out": "*fp32"} if flags["RESIDUAL"] else {})
+        for (weights, tokens), stages in STAGES.items():
+            rest = {"GATHER": flags is up, "EVEN_K": True, "BN": weights, "BT": tokens}
+            name = f"fp8 {use} {weights}x{tokens}"
+            yield Variant(name, swapped_kernel, kinds, flags | rest, WARPS, stages, wgmma=True,
+                          unaligned=loose)  # fmt: skip
         sizes = {"BM": WIDE_ROWS, "BN": WIDE_ROWS, "SWIZZLE": WIDE_SWIZZLE}
-        chosen = {name: value for name, value in flags.items() if name != "GATHER"}
-        out = {"out": "*fp32"} if flags["RESIDUAL"] else {}
-        found.append(
-            Variant(
-                f"fp8 {use} wide",
-                wide_kernel,
-                types | {"x": tile, "w": tile} | out,
-                chosen | sizes,
-                WIDE_WARPS,
-                WIDE_STAGES,
-                wgmma=True,
-                tma=True,
-                unaligned=loose,
-            )  # fmt: skip
-        )
-    return found
-
-
-VARIANTS = _variants()
+        yield Variant(f"fp8 {use} wide", wide_kernel, kinds | {"x": tile, "w": tile}, flags | sizes,
+                      WIDE_WARPS, WIDE_STAGES, wgmma=True, tma=True, unaligned=loose)  # fmt: skip

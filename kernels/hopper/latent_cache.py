@@ -7,6 +7,8 @@ References: `store_latents_ref`, `rotate_ref`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -129,21 +131,17 @@ def rotate_queries(q: Tensor, cos_sin: Tensor, positions: Tensor, out: Tensor) -
         )  # fmt: skip
 
 
-def _variants() -> list[Variant]:
+def variants() -> Iterator[Variant]:
+    """For the gate; see `offline.py`."""
     types = {
         "ckr": "*bf16", "weight": "*fp32", "cos_sin": "*fp32", "positions": "*i32",
         "slots": "*i64", "pages": "*bf16", "eps": "fp32", "q": "*bf16", "out": "*bf16",
+        "latents": "*fp8e4nv", "scales": "*fp32", "keys": "*bf16",
     }  # fmt: skip
-    token = Fp8Token(512, 64)
-    types |= {"latents": "*fp8e4nv", "scales": "*fp32", "keys": "*bf16"}
-    fp8 = {"C": 512, "R": 64, "GROUP": GROUP, "BYTES": token.size, "SCALES_AT": token.scales_at,
-           "KEYS_AT": token.keys_at}  # fmt: skip
+    token, sizes = Fp8Token(512, 64), {"C": 512, "R": 64}
+    fp8 = sizes | {"GROUP": GROUP, "BYTES": token.size, "SCALES_AT": token.scales_at,
+                   "KEYS_AT": token.keys_at}  # fmt: skip
+    yield Variant("store_latents", store_kernel, types, sizes, 4)
+    yield Variant("store_latents fp8", store_fp8_kernel, types, fp8, 4)
     rotate = {"R": 64, "BLOCK_H": ROTATE_HEADS}
-    return [
-        Variant("store_latents", store_kernel, types, {"C": 512, "R": 64}, 4),
-        Variant("store_latents fp8", store_fp8_kernel, types, fp8, 4),
-        Variant("rotate_queries", rotate_kernel, types, rotate, 4),
-    ]
-
-
-VARIANTS = _variants()
+    yield Variant("rotate_queries", rotate_kernel, types, rotate, 4)

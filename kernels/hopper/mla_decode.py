@@ -9,6 +9,7 @@ exactly. Reference: `mla_attention_ref`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -243,7 +244,8 @@ def _tiles(flat: Tensor, width: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(flat, [PAGE_TOKENS, width])
 
 
-def _variants() -> list[Variant]:
+def variants() -> Iterator[Variant]:
+    """For the gate; see `offline.py`."""
     types = {
         "q": "*bf16", "latents": f"tensordesc<bf16[{PAGE_TOKENS}, 512]>",
         "keys": f"tensordesc<bf16[{PAGE_TOKENS}, 64]>", "page_table": "*i32", "sequence": "*i32",
@@ -257,13 +259,8 @@ def _variants() -> list[Variant]:
     fp8 = {"GROUP": GROUP, "BYTES": token.size, "SCALES_AT": token.scales_at,
            "KEYS_AT": token.keys_at}  # fmt: skip
     loose = ("table_row", "splits")
-    return [
-        Variant("mla_decode", decode_kernel, types, decode, WARPS, STAGES, wgmma=True, tma=True,
-                unaligned=loose),
-        Variant("mla_decode fp8", decode_fp8_kernel, types | of_fp8, decode | fp8, WARPS, STAGES,
-                wgmma=True, tma=True, unaligned=loose),
-        Variant("mla_combine", combine_kernel, types, combine, 4, unaligned=loose),
-    ]  # fmt: skip
-
-
-VARIANTS = _variants()
+    yield Variant("mla_decode", decode_kernel, types, decode, WARPS, STAGES, wgmma=True, tma=True,
+                  unaligned=loose)  # fmt: skip
+    yield Variant("mla_decode fp8", decode_fp8_kernel, types | of_fp8, decode | fp8, WARPS, STAGES,
+                  wgmma=True, tma=True, unaligned=loose)  # fmt: skip
+    yield Variant("mla_combine", combine_kernel, types, combine, 4, unaligned=loose)

@@ -7,6 +7,8 @@ parts: per head (N), from kv_b, and shared by all heads (R), as it lies in the c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -68,11 +70,9 @@ def mla_prefill(q: Tensor, kv: Tensor, key_rope: Tensor, scale: float) -> Tensor
     return out
 
 
-VARIANTS = [
-    Variant(
-        "mla_prefill", prefill_kernel,
-        {"q": "*bf16", "kv": "*bf16", "key_rope": "*bf16", "out": "*bf16", "scale_log2": "fp32"},
-        {"N": 128, "R": 64, "V": 128, "BLOCK_T": ROWS, "BLOCK_S": KEYS}, WARPS, STAGES, wgmma=True,
-        unaligned=("T", "S"),
-    )
-]  # fmt: skip
+def variants() -> Iterator[Variant]:
+    """For the gate; see `offline.py`."""
+    types = {"q": "*bf16", "kv": "*bf16", "key_rope": "*bf16", "out": "*bf16", "scale_log2": "fp32"}
+    sizes = {"N": 128, "R": 64, "V": 128, "BLOCK_T": ROWS, "BLOCK_S": KEYS}
+    yield Variant("mla_prefill", prefill_kernel, types, sizes, WARPS, STAGES, wgmma=True,
+                  unaligned=("T", "S"))  # fmt: skip

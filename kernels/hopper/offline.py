@@ -1,6 +1,6 @@
 """Compiling the kernels for Hopper without a GPU: `python -m rayseek.kernels.hopper.offline`.
 
-Every kernel file lists its `VARIANTS`: a kernel with the constants and launch options that its
+Every kernel file has its `variants`: a kernel with the constants and launch options that its
 launcher uses. Here each is compiled for sm_90a, its registers, stack, shared memory and tensor-core
 use are read from the machine code, and compared with the committed table `compiled.tsv`.
 """
@@ -67,7 +67,7 @@ class Compiled:
 def variants() -> list[Variant]:
     """All variants of all kernels."""
     modules = (importlib.import_module(f"rayseek.kernels.hopper.{name}") for name in FILES)
-    return [variant for module in modules for variant in module.VARIANTS]
+    return [variant for module in modules for variant in module.variants()]
 
 
 def compile_variant(variant: Variant) -> Compiled:

@@ -7,7 +7,8 @@ experts, product and sum rounded separately. References: `expert_rows_ref`, `com
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -174,7 +175,8 @@ def combine(y: Tensor, weights: Tensor, into: Tensor, index: Tensor | None = Non
         )  # fmt: skip
 
 
-def _variants() -> list[Variant]:
+def variants() -> Iterator[Variant]:
+    """For the gate; see `offline.py`."""
     types = dict.fromkeys(
         ("experts", "rows", "pair_out", "row_out", "bounds", "tile_expert", "tile_first",
          "tile_stop", "row", "used", "index"), "*i32",
@@ -183,30 +185,16 @@ def _variants() -> list[Variant]:
         "y": "*bf16", "weights": "*fp32", "into": "*fp32",
     }  # fmt: skip
     loose = ("n", "E", "T", "S", "count", "used", "tile_first", "tile_stop", "row_out", "row")
-    moves = {"BLOCK": COLUMNS, "BLOCK_G": COLUMNS // 128}
-    found = [
-        Variant("expert sort", sort_kernel, types, {"K": 8, "BLOCK": SCAN}, 4, unaligned=loose),
-        Variant("expert gather", gather_kernel, types, moves, 4, unaligned=loose),
-    ]
+
+    def variant(name: str, kernel: Any, *, fused: bool = True, **constants: object) -> Variant:
+        options = None if fused else {"enable_fp_fusion": False}
+        return Variant(name, kernel, types, constants, 4, unaligned=loose, options=options)
+
+    yield variant("expert sort", sort_kernel, K=8, BLOCK=SCAN)
+    yield variant("expert gather", gather_kernel, BLOCK=COLUMNS, BLOCK_G=COLUMNS // 128)
     for indexed in (False, True):
-        constants = {"K": 8, "INDEXED": indexed, "BLOCK": COLUMNS}
-        found.append(
-            Variant(
-                f"expert combine{' indexed' if indexed else ''}",
-                combine_kernel,
-                types,
-                constants,
-                4,
-                unaligned=loose,
-                options={"enable_fp_fusion": False},
-            )  # fmt: skip
-        )
+        name = f"expert combine{' indexed' * indexed}"
+        yield variant(name, combine_kernel, fused=False, K=8, INDEXED=indexed, BLOCK=COLUMNS)
     for size in (16, 128):
-        constants = {"BT": size, "BLOCK_E": 256, "BLOCK": TILE_BLOCK}
-        found.append(
-            Variant(f"expert tiles {size}", tiles_kernel, types, constants, 4, unaligned=loose)
-        )
-    return found
-
-
-VARIANTS = _variants()
+        name = f"expert tiles {size}"
+        yield variant(name, tiles_kernel, BT=size, BLOCK_E=256, BLOCK=TILE_BLOCK)

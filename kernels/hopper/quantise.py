@@ -6,6 +6,8 @@ References: `rms_norm_ref`, `quantise_rows_ref`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -127,35 +129,21 @@ def _norm(x: Tensor, norm: Norm, out: Tensor, scale: Tensor | None) -> None:
         )  # fmt: skip
 
 
-def _variants() -> list[Variant]:
-    found = []
+def variants() -> Iterator[Variant]:
+    """For the gate; see `offline.py`."""
     for source in ("fp32", "bf16"):
         types = {"x": f"*{source}", "out": "*fp8e4nv", "scale": "*fp32", "weight": "*fp32",
                  "rows_used": "*i32", "eps": "fp32"}  # fmt: skip
         for groups in (16, 64) if source == "fp32" else (16,):
+            name = f"rms_norm_quantised {source} {groups * 128}"
             constants = {"QUANTISE": True, "BLOCK_G": groups}
-            found.append(
-                Variant(
-                    f"rms_norm_quantised {source} {groups * 128}",
-                    rms_norm_kernel,
-                    types,
-                    constants,
-                    NORM_WARPS,
-                    unaligned=("T",),
-                )  # fmt: skip
-            )
+            yield Variant(name, rms_norm_kernel, types, constants, NORM_WARPS, unaligned=("T",))
         plain = {"QUANTISE": False, "BLOCK_G": 64}
-        found.append(
-            Variant(f"rms_norm {source}", rms_norm_kernel, types | {"out": "*bf16"}, plain,
-                    NORM_WARPS, unaligned=("T",))
-        )  # fmt: skip
+        yield Variant(f"rms_norm {source}", rms_norm_kernel, types | {"out": "*bf16"}, plain,
+                      NORM_WARPS, unaligned=("T",))  # fmt: skip
         for gated, limited in ((False, False), (True, False), (True, True)):
             if gated and source == "fp32":
                 continue
             constants = {"GATED": gated, "LIMITED": limited, "BLOCK_G": GROUPS}
             name = f"quantise {source}{' silu' * gated}{' some' * limited}"
-            found.append(Variant(name, quantise_kernel, types, constants, 4, unaligned=("T",)))
-    return found
-
-
-VARIANTS = _variants()
+            yield Variant(name, quantise_kernel, types, constants, 4, unaligned=("T",))

@@ -5,6 +5,8 @@ One program a row. Equal scores go to the lower id, as in the reference: `route_
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -88,7 +90,10 @@ def route(
     return ids, weights
 
 
-_TYPES = {"logits": "*fp32", "bias": "*fp32", "ids": "*i32", "weights": "*fp32", "factor": "fp32",
-          "tiny": "fp32"}  # fmt: skip
-_V3 = {"E": 256, "GROUPS": 8, "KEEP": 4, "TOP_K": 8, "NORMALISE": True, "BLOCK_G": 8, "BLOCK_S": 32}
-VARIANTS = [Variant("route", route_kernel, _TYPES, _V3, 1)]
+def variants() -> Iterator[Variant]:
+    """For the gate; see `offline.py`."""
+    types = {"logits": "*fp32", "bias": "*fp32", "ids": "*i32", "weights": "*fp32",
+             "factor": "fp32", "tiny": "fp32"}  # fmt: skip
+    v3 = {"E": 256, "GROUPS": 8, "KEEP": 4, "TOP_K": 8, "NORMALISE": True, "BLOCK_G": 8,
+          "BLOCK_S": 32}  # fmt: skip
+    yield Variant("route", route_kernel, types, v3, 1)

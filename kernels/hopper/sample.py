@@ -8,7 +8,7 @@ sorted. Sums run in a fixed order over the row alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -209,19 +209,13 @@ def draw_prepared(logits: Tensor, how: Prepared) -> Tensor:
     return token
 
 
-def _variants() -> list[Variant]:
+def variants() -> Iterator[Variant]:
+    """For the gate; see `offline.py`."""
     types = {"logits": "*fp32", "numbers": "*fp32", "words": "*i32", "cuts": "*i64",
              "tops": "*fp32", "best": "*fp32", "best_id": "*i32", "token": "*i32"}  # fmt: skip
-    found = [
-        Variant("sample cut", cut_kernel, types, {"BLOCK": SCAN}, 8,
-                options={"maxnreg": CUT_REGISTERS}),
-        Variant("sample pick", pick_kernel, types, {"BLOCK": 32}, 1),
-    ]  # fmt: skip
+    yield Variant("sample cut", cut_kernel, types, {"BLOCK": SCAN}, 8,
+                  options={"maxnreg": CUT_REGISTERS})  # fmt: skip
+    yield Variant("sample pick", pick_kernel, types, {"BLOCK": 32}, 1)
     for filtered in (False, True):
         name = f"sample draw{' filtered' if filtered else ''}"
-        constants = {"FILTER": filtered, "BLOCK": CHUNK}
-        found.append(Variant(name, draw_kernel, types, constants, 8))
-    return found
-
-
-VARIANTS = _variants()
+        yield Variant(name, draw_kernel, types, {"FILTER": filtered, "BLOCK": CHUNK}, 8)

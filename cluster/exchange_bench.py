@@ -110,7 +110,7 @@ def _member(case: Case, port: int, me: int, costs: Any) -> None:
     placement = make_placement({0: [1.0] * EXPERTS}, [0] * len(holders))
     store = TCPStore("127.0.0.1", port, None, False)
     gloo: Any = ProcessGroupGloo(PrefixStore("gloo", store), me, size, timedelta(seconds=60))
-    group = _Recorder.through(store, "bench", me, size, 60)
+    group = _Recorder(store, "bench", me, size, 60)
     exchange = Exchange(
         group, placement, holders, [0] * size, _NoWork() if me in holders else None,
         choose_ops().ops, HIDDEN, TOP_K, case.mode,

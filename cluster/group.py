@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,39 +61,18 @@ class Transfer:
 
 
 class Group:
-    """Member `rank` of `size`, met through the key-value store at store_host:store_port.
+    """Member `rank` of `size`, met through a key-value store: a connection nobody else uses now.
 
     prefix: the same for all members, new for every epoch. timeout_s: how long an exchange, or the
-    forming, may take. device: "cpu", or the "cuda" device of this process. Blocks until all are
-    there; raises ExchangeBroken if they are not in time, or the store cannot be reached.
-
-    Connecting to a TCPStore can take seconds where the names of addresses resolve badly: both ends
-    look each other's up. Who makes many groups connects once and uses `through`.
+    forming, may take. device: "cpu", or the "cuda" device of this process. given_up: asked while
+    members are missing; true ends the waiting, for they will not come. over: likewise, asked in an
+    exchange that stands still; then somebody hangs in it. address: of this member, for gloo to
+    listen on; None: whatever its host's name means. Blocks until all are there; raises
+    ExchangeBroken if they are not in time.
     """
 
     def __init__(
         self,
-        store_host: str,
-        store_port: int,
-        prefix: str,
-        rank: int,
-        size: int,
-        timeout_s: float,
-        device: torch.device | str = "cpu",
-        address: str | None = None,
-    ) -> None:
-        limit = timedelta(seconds=timeout_s)
-        try:
-            store = TCPStore(store_host, store_port, None, False, limit)
-        except RuntimeError as error:
-            raise ExchangeBroken(
-                f"store {store_host}:{store_port} of group {prefix}: {_first_line(error)}"
-            ) from error
-        self._form(store, prefix, rank, size, limit, torch.device(device), address=address)
-
-    @classmethod
-    def through(
-        cls,
         store: Store,
         prefix: str,
         rank: int,
@@ -103,38 +82,16 @@ class Group:
         given_up: Callable[[], bool] = lambda: False,
         over: Callable[[], bool] | None = None,
         address: str | None = None,
-    ) -> Self:
-        """The same through a connection that exists, and that nobody else uses meanwhile.
-
-        given_up: asked while members are missing; true ends the waiting, for they will not come.
-        over: likewise, asked in an exchange that stands still; then somebody hangs in it.
-        address: of this member, for gloo to listen on; None: whatever its host's name means.
-        """
-        group, limit = cls.__new__(cls), timedelta(seconds=timeout_s)
-        group._form(store, prefix, rank, size, limit, torch.device(device), given_up, address)
-        group._over = over
-        return group
-
-    def _form(
-        self,
-        store: Store,
-        prefix: str,
-        rank: int,
-        size: int,
-        limit: timedelta,
-        on: torch.device,
-        given_up: Callable[[], bool] = lambda: False,
-        address: str | None = None,
     ) -> None:
-        self.rank, self.size, self.device = rank, size, on
+        self.rank, self.size, self.device = rank, size, torch.device(device)
         self._group: Any = None
-        self._over: Callable[[], bool] | None = None
-        self._stuck, self._limit_s = False, limit.total_seconds()
+        self._over, self._stuck, self._limit_s = over, False, timeout_s
+        limit = timedelta(seconds=timeout_s)
         try:
             keys = PrefixStore(prefix, store)
             keys.set(f"here/{rank}", "")
             _wait_for([f"here/{member}" for member in range(size)], keys, limit, given_up)
-            if on.type == "cpu":
+            if self.device.type == "cpu":
                 gloo: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
                 gloo._timeout = timedelta(seconds=CONNECT_S)
                 # Woken in the middle of a send, its network thread would interrupt the worker that
@@ -233,6 +190,18 @@ class Group:
         if self._stuck:  # closing waits for the one who hangs, and nobody should wait for that
             threading.Thread(target=left.clear, name="stuck-group", daemon=True).start()
             self._stuck = False
+
+
+def join_store(host: str, port: int, timeout_s: float) -> TCPStore:
+    """A connection to the store that another process offers. Raises ExchangeBroken.
+
+    It can take seconds where the names of addresses resolve badly: both ends look each other's up.
+    Who makes many groups connects once.
+    """
+    try:
+        return TCPStore(host, port, None, False, timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise ExchangeBroken(f"store {host}:{port}: {_first_line(error)}") from error
 
 
 def open_store(host: str) -> TCPStore:

@@ -413,7 +413,7 @@ class _Formed:
         # Two connections: one sleeps on the bell while the other rings it.
         self._sleeper, self._ringer = me.connections(plan.members[0].store)
         nodes = sorted({m.node for m in plan.members})
-        self.group = Group.through(
+        self.group = Group(
             self._sleeper, self._keys, rank, len(plan.members), me.timeout_s, me.device,
             given_up=me.has_news, over=lambda: me.is_over(plan.epoch), address=me.host,
         )  # fmt: skip

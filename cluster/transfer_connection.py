@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rayseek.cluster.credentials import credentials
-from rayseek.cluster.group import ExchangeBroken, Group
+from rayseek.cluster.group import ExchangeBroken, Group, join_store
 from rayseek.cluster.precedence import give_way
 from rayseek.cluster.sequence import Sequence
 from rayseek.cluster.tokens_pb2 import Again, Coming, FromSource, Pair, ToSource, Want
@@ -135,17 +135,11 @@ class Connection:
             for message in self._call:
                 kind = message.WhichOneof("kind")
                 if kind == "ready":
-                    m = self._meeting
+                    meeting, limit = self._meeting, self._timeout_s
                     group = Group(
-                        m.host,
-                        m.port,
-                        m.prefix,
-                        0,
-                        2,
-                        self._timeout_s,
-                        self._cache.device,
-                        address=m.host,
-                    )
+                        join_store(meeting.host, meeting.port, limit), meeting.prefix, 0, 2, limit,
+                        self._cache.device, address=meeting.host,
+                    )  # fmt: skip
                 elif kind == "coming":
                     assert group is not None, "ready comes first"
                     self._receive(group, message.coming)

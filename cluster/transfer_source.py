@@ -21,7 +21,7 @@ import grpc
 import torch
 
 from rayseek.cluster.engine import Engine
-from rayseek.cluster.group import ExchangeBroken, Group
+from rayseek.cluster.group import ExchangeBroken, Group, join_store
 from rayseek.cluster.request import Delta, Request, RequestRefused, SamplingParams
 from rayseek.cluster.sequence import Sequence
 from rayseek.cluster.tokens_pb2 import (
@@ -206,15 +206,9 @@ class PageSource:
         try:
             yield FromSource(ready=True)
             group = Group(
-                pair.host,
-                pair.port,
-                pair.prefix,
-                1,
-                2,
-                self._timeout_s,
-                self._cache.device,
-                address=self.host,
-            )
+                join_store(pair.host, pair.port, self._timeout_s), pair.prefix, 1, 2,
+                self._timeout_s, self._cache.device, address=self.host,
+            )  # fmt: skip
             nothing = torch.empty(0, self._cache.page_words, dtype=torch.int32).to(group.device)
             while (item := outgoing.get()) is not None:
                 if isinstance(item, FromSource):

@@ -29,7 +29,7 @@ def test_its_groups_are_of_its_gpu_and_end_before_experts_are_loaded(
 ) -> None:
     asked: list[Any] = []
 
-    def through(*arguments: Any, **_: Any) -> None:
+    def group(*arguments: Any, **_: Any) -> None:
         asked.append(arguments[5])
         raise ExchangeBroken("as far as this goes")
 
@@ -37,7 +37,7 @@ def test_its_groups_are_of_its_gpu_and_end_before_experts_are_loaded(
     monkeypatch.setattr(
         build_unit, "choose_ops", lambda device, *_: Choice(CudaOps("cpu"), f"on {device}")
     )
-    monkeypatch.setattr(participant.Group, "through", through)
+    monkeypatch.setattr(participant, "Group", group)
     spec = RankSpec(
         str(tiny_path), EngineSettings(kernels="cuda"), ExchangeSettings(),
         alone=False, dedicated=False,
@@ -107,7 +107,7 @@ def over() -> list[bool]:
 def group(over: list[bool], monkeypatch: pytest.MonkeyPatch) -> Iterator[Group]:
     monkeypatch.setattr(c10d, "ProcessGroupNCCL", Nccl, raising=False)
     store = c10d.HashStore()
-    yield Group.through(store, "gpu", 0, 1, 0.2, "cuda", over=lambda: bool(over))
+    yield Group(store, "gpu", 0, 1, 0.2, "cuda", over=lambda: bool(over))
 
 
 def begun(group: Group, work: Work) -> Transfer:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 from rayseek.cluster.exchange import Exchange, Mode, Position, RemoteExperts
-from rayseek.cluster.group import ExchangeBroken, Group, Transfer
+from rayseek.cluster.group import ExchangeBroken, Group, Transfer, join_store
 from rayseek.cluster.participant import mode_of_pass
 from rayseek.cluster.placement import ExpertPlacement, make_placement
 from rayseek.kernels.native import NativeOps
@@ -107,7 +107,7 @@ class Stores:
     def group(self, prefix: str, me: int, size: int, timeout_s: float = 120) -> Group:
         if me not in self._clients:
             self._clients[me] = TCPStore("127.0.0.1", self.port, None, False)
-        return Group.through(self._clients[me], prefix, me, size, timeout_s)
+        return Group(self._clients[me], prefix, me, size, timeout_s)
 
 
 @pytest.fixture(scope="module")
@@ -350,8 +350,8 @@ def test_a_stalled_member_can_be_told_from_those_who_wait(every: Everything, sto
 def test_a_group_that_cannot_form_says_so(store: Stores) -> None:
     with pytest.raises(ExchangeBroken, match="forming group lonely as member 0 of 2"):
         store.group("lonely", 0, 2, 0.3)
-    with pytest.raises(ExchangeBroken, match="store 127.0.0.1:9 of group lonely"):
-        Group("127.0.0.1", 9, "lonely", 0, 2, 0.3)
+    with pytest.raises(ExchangeBroken, match="store 127.0.0.1:9"):
+        join_store("127.0.0.1", 9, 0.3)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the policy of threads")
@@ -366,8 +366,8 @@ def test_threads_of_a_group_interrupt_nobody(store: Stores) -> None:
 
 VICTIM = """
 import os, signal, sys, time, torch
-from rayseek.cluster.group import Group
-group = Group("127.0.0.1", int(sys.argv[1]), "killed", 2, 3, 120)
+from rayseek.cluster.group import Group, join_store
+group = Group(join_store("127.0.0.1", int(sys.argv[1]), 120), "killed", 2, 3, 120)
 for number in range(50):
     group.all_gather([number])
 print(time.time(), flush=True)

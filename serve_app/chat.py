@@ -30,7 +30,7 @@ async def chat_answer(
         messages.insert(0, Message("system", default))
     grammar = await grammar_of(body, tokenizer)
     prompt = render_chat(messages, tools=body.template_tools(), json_mode=wants_json(body))
-    ids = await encode(tokenizer, [prompt], settings)
+    ids = await encode(body, [prompt], tokenizer, settings)
     head = Head(body.model, engine.fingerprint)
     choices = make_choices(
         body,

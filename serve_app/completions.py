@@ -25,7 +25,7 @@ async def completion_answer(
     if texts:
         suffix = body.suffix
         prompts = [render_text(t) if suffix is None else render_fim(t, suffix) for t in texts]
-        ids = await encode(tokenizer, prompts, settings)
+        ids = await encode(body, prompts, tokenizer, settings)
     else:
         ids = [prompt for prompt in body.prompt if isinstance(prompt, list)]
         unknown = next((i for prompt in ids for i in prompt if not tokenizer.is_defined(i)), None)

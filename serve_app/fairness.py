@@ -163,10 +163,10 @@ class FairEngine:
         return running, len(self._doors) - running
 
     def resize(self, slots: int) -> None:
-        """The engine may have so many from now on."""
-        if slots != self._queue.slots:
-            self._queue.resize(slots)
-            self._admit()
+        """The engine may have so many from now on. Called now and then, for places are also free
+        once a key with modest needs is no longer there."""
+        self._queue.resize(slots)
+        self._admit()
 
     def of(self, lease: Lease) -> Engine:
         """The engine as the holder of `lease` sees it."""

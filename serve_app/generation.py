@@ -143,7 +143,7 @@ def check_count(body: GenerationFields, prompts: int, settings: ApiSettings) -> 
 
 
 async def encode(
-    tokenizer: Tokenizer, prompts: Sequence[Prompt], settings: ApiSettings
+    body: GenerationFields, prompts: Sequence[Prompt], tokenizer: Tokenizer, settings: ApiSettings
 ) -> list[list[int]]:
     """Tokenise; long prompts in threads of their own, two at a time, so that other callers' streams
     flow on, and whatever is sent, not much memory is taken. Raises ApiError (400) for what the
@@ -151,7 +151,7 @@ async def encode(
 
     def encoded() -> list[list[int]]:
         if any(tokenizer.is_longer(prompt, settings.context_length) for prompt in prompts):
-            raise context_exceeded(None, 0, settings)
+            raise context_exceeded(body, None, 0, settings)
         return [tokenizer.encode_prompt(prompt) for prompt in prompts]
 
     if sum(len(piece) for prompt in prompts for piece in prompt if isinstance(piece, str)) < 8192:

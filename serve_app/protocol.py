@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import date
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AliasChoices,
@@ -124,6 +124,8 @@ class StreamOptions(StrictBody):
 
 class GenerationFields(StrictBody):
     """What chat and plain completions share."""
+
+    prompt_field: ClassVar[str]  # what to shorten when it is too long
 
     model: str
     temperature: float | None = Field(
@@ -246,6 +248,8 @@ class ResponseFormat(StrictBody):
 
 
 class ChatRequest(GenerationFields):
+    prompt_field = "messages"
+
     messages: Several[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, description="Wins over max_tokens.")
     logprobs: bool | None = None
@@ -328,6 +332,8 @@ class ChatRequest(GenerationFields):
 
 
 class CompletionRequest(GenerationFields):
+    prompt_field = "prompt"
+
     prompt: Annotated[
         list[str] | list[list[int]], BeforeValidator(_prompts), WithJsonSchema(PROMPT_SCHEMA)
     ] = Field(default=[DEFAULT_PROMPT], union_mode="left_to_right")

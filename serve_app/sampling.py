@@ -40,11 +40,13 @@ def output_limit(body: GenerationFields, prompt_tokens: int, settings: ApiSettin
     left = settings.context_length - prompt_tokens
     wanted = explicit or max(1, min(settings.default_output_tokens, most, left))
     if wanted > left:
-        raise context_exceeded(prompt_tokens, wanted, settings)
+        raise context_exceeded(body, prompt_tokens, wanted, settings)
     return wanted
 
 
-def context_exceeded(prompt_tokens: int | None, wanted: int, settings: ApiSettings) -> ApiError:
+def context_exceeded(
+    body: GenerationFields, prompt_tokens: int | None, wanted: int, settings: ApiSettings
+) -> ApiError:
     """DeepSeek's message. prompt_tokens: None if they were not counted to the end."""
     asked = (
         "requested more than that in the messages alone"
@@ -56,7 +58,7 @@ def context_exceeded(prompt_tokens: int | None, wanted: int, settings: ApiSettin
         400,
         f"This model's maximum context length is {settings.context_length} tokens. However, you "
         f"{asked}. Please reduce the length of the messages or completion.",
-        param="messages",
+        param=body.prompt_field,
         code="context_length_exceeded",
     )
 

@@ -205,7 +205,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pump = asyncio.create_task(self._pump(send))
         leaving = asyncio.create_task(_disconnected(receive))
-        beat = asyncio.create_task(self._keep_alive(send))
+        beat = self._beat = asyncio.create_task(self._keep_alive(send))
         try:
             await asyncio.wait((pump, leaving), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -225,6 +225,7 @@ class EventStream(Response):
                 await self._send(send, event)
         except Exception as error:
             if not self._started:
+                self._beat.cancel()  # or it might begin the answer before the error does
                 raise
             await self._send(send, self._style.error_event(error))
         finally:

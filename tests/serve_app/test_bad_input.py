@@ -228,6 +228,8 @@ async def test_far_too_much_is_refused_before_it_is_tokenised(
         reply = await client.post(path, json=body)
         assert reply.status_code == 400
         message = reply.json()["error"]["message"]
+    if "param" in reply.json()["error"] and "context" in message:
+        assert reply.json()["error"]["param"] == ("messages" if path == CHAT else "prompt")
     assert ("choices" if parts > 1 and path == "/v1/completions" else "maximum context") in message
     assert encoded < 70_000
 

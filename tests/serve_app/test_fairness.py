@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from rayseek.cluster.request import Delta, FinishReason, Request, SamplingParams, Token
 from rayseek.cluster.request import RequestRefused as Refused
+from rayseek.serve_app import fairness
 from rayseek.serve_app.fairness import PRESENT_S, FairEngine, FairQueue, Ticket
 from rayseek.serve_app.keys import Key, add_key
 from rayseek.serve_app.limits import Lease, Limiter
@@ -232,6 +233,28 @@ async def test_a_flood_leaves_room_for_others() -> None:
     engine.finish("again")
     await again  # nothing was lost of the queue's count
     await asyncio.gather(*flood, return_exceptions=True)
+
+
+async def test_places_kept_for_a_modest_key_are_given_out_when_it_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also while no request comes or ends."""
+    engine = Manual()
+    fair = FairEngine(engine, 8, 1000, several_keys=lambda: False, crowd=0.25)
+    modest = ask(fair, "modest", lease_of("modest"))
+    await settle()
+    crowd = [ask(fair, f"c{i}", lease_of("crowd")) for i in range(8)]
+    await settle()
+    engine.finish("modest")
+    await modest
+    assert len(engine.live) == 2
+    monkeypatch.setattr(fairness, "PRESENT_S", 0.0)
+    fair.resize(8)
+    await settle()
+    assert len(engine.live) == 8
+    for task in crowd:
+        task.cancel()
+    await asyncio.gather(*crowd, return_exceptions=True)
 
 
 async def test_priorities_are_among_a_keys_own_and_end_here() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
@@ -259,3 +260,24 @@ async def test_a_request_cancelled_twice_is_counted_out(streamed: bool) -> None:
     exchange.cancel()
     await asyncio.gather(exchange, return_exceptions=True)
     limiter.admit(key)
+
+
+async def test_an_error_beside_a_keep_alive_begins_the_answer_once() -> None:
+    """Both are due while the loop is busy, the error first."""
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        await asyncio.sleep(0.009)
+        raise ValueError("broken")
+        yield b""
+
+    async def receive() -> dict[str, Any]:
+        return await asyncio.sleep(60, {})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    sent: list[Any] = []
+    asyncio.get_running_loop().call_later(0.001, time.sleep, 0.05)
+    lease = Limiter().admit(Key(name="a", sha256="0" * 64))
+    await EventStream(events(), 0.01, lease)({"type": "http"}, receive, send)
+    assert [message.get("status") for message in sent] == [500, None]

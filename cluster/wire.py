@@ -23,11 +23,15 @@ SERVICE = "rayseek.TokenChannel"
 METHOD = "Open"
 FETCH = "Fetch"
 COPY = "Copy"
-# A host can vanish without closing its sockets, at either end: both ask whether the other lives.
+# A host can vanish, or hang with all that runs on it, without closing its sockets, at either end:
+# both ask whether the other lives.
 KEEPALIVE = [
-    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 10_000),  # for the kernel to tell: TCP_USER_TIMEOUT
-    ("grpc.http2.ping_timeout_ms", 20_000),  # for the answer; by default a minute
+    ("grpc.http2.ping_timeout_ms", 10_000),  # for the answer; by default a minute
+    # By default two, and gRPC's own of a stream's bandwidth are among them: who only reads had
+    # none left, and never heard of a host that hung.
+    ("grpc.http2.max_pings_without_data", 0),
 ]
 CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), *KEEPALIVE]
 # By default, a server hangs up on who asks so on a stream on which nothing is said: an idle one

@@ -42,6 +42,7 @@ from rayseek.cluster.spec import RankSpec
 from rayseek.cluster.speculation import Choice
 from rayseek.cluster.tokens_pb2 import ToRank
 from rayseek.cluster.wire import (
+    CHANNEL_OPTIONS,
     SERVER_OPTIONS,
     delta_of,
     refusal_message,
@@ -244,46 +245,89 @@ async def test_an_ingress_that_vanishes_frees_the_rank(cluster: Cluster) -> None
     await deltas.aclose()
 
 
+class Network:
+    """A way to a rank that loses everything once it is cut, and closes no socket."""
+
+    def __init__(self, rank: RankAddress) -> None:
+        self._rank = rank
+        self._pipes: list[asyncio.Task[None]] = []
+        self._whole = asyncio.Event()
+        self._whole.set()
+
+    async def __aenter__(self) -> Network:
+        self._server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
+        port = self._server.sockets[0].getsockname()[1]
+        self.address = RankAddress(f"far-{port}", f"127.0.0.1:{port}")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._pipes:
+            task.cancel()
+        await asyncio.gather(*self._pipes, return_exceptions=True)
+        self._server.close()
+
+    def cut(self) -> None:
+        self._whole.clear()
+
+    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer):
+            while data := await reader.read(65536):
+                await self._whole.wait()
+                writer.write(data)
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection(*self._rank.target.split(":"))
+        self._pipes.append(asyncio.create_task(self._pipe(reader, there[1])))
+        self._pipes.append(asyncio.create_task(self._pipe(there[0], writer)))
+
+
+def quickly(options: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    return [(option, min(n, 300)) for option, n in options]
+
+
 async def test_an_ingress_whose_host_vanishes_keeps_no_stream(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing closes its sockets: the rank has to ask whether it is there."""
-    quick = [(option, min(n, 300)) for option, n in SERVER_OPTIONS]
-    monkeypatch.setattr("rayseek.cluster.rank_server.SERVER_OPTIONS", quick)
-    address = await cluster.start_rank()
-    connected = asyncio.Event()
-    connected.set()
-    pipes: list[asyncio.Task[None]] = []
-
-    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.closing(writer):
-            while data := await reader.read(65536):
-                await connected.wait()
-                writer.write(data)
-
-    async def network(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there = await asyncio.open_connection(*address.target.split(":"))
-        pipes.append(asyncio.create_task(pipe(reader, there[1])))
-        pipes.append(asyncio.create_task(pipe(there[0], writer)))
-
-    async with await asyncio.start_server(network, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
+    monkeypatch.setattr("rayseek.cluster.rank_server.SERVER_OPTIONS", quickly(SERVER_OPTIONS))
+    rank = await cluster.start_rank()
+    async with Network(rank) as network, asyncio.timeout(120):
 
         async def discover() -> list[RankAddress]:
-            return [replace(address, target=f"127.0.0.1:{port}")]
+            return [network.address]
 
         other = Dispatcher(discover)
-        streams = cluster.servers[address]._streams
-        async with asyncio.timeout(120):
-            while len(streams) < 2:  # the cluster's own dispatcher has the other
-                await asyncio.sleep(0.01)
-            connected.clear()
-            while len(streams) > 1:
-                await asyncio.sleep(0.01)
+        streams = cluster.servers[rank]._streams
+        while len(streams) < 2:  # the cluster's own dispatcher has the other
+            await asyncio.sleep(0.01)
+        network.cut()
+        while len(streams) > 1:
+            await asyncio.sleep(0.01)
         await other.close()
-        for task in pipes:
-            task.cancel()
-        await asyncio.gather(*pipes, return_exceptions=True)
+
+
+async def test_a_stream_whose_rank_hangs_with_its_host_goes_on_elsewhere(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, make_engine: EngineMaker
+) -> None:
+    monkeypatch.setattr("rayseek.cluster.dispatch.CHANNEL_OPTIONS", quickly(CHANNEL_OPTIONS))
+    (request,) = wanted(1, max_tokens=900)
+    rank = await cluster.start_rank(pause_s=0.005)
+    async with Network(rank) as network, asyncio.timeout(50):
+
+        async def discover() -> list[RankAddress]:
+            return [network.address] if network.address in reachable else [rank]
+
+        reachable = [network.address]
+        other = Dispatcher(discover, refresh_s=0.1)
+        found: list[Token] = []
+        async for delta in other.generate(request):
+            found += delta.tokens
+            if len(found) > 100 and reachable:
+                reachable.clear()
+                network.cut()
+        await other.close()
+    assert found == undisturbed(make_engine, [request])[request.id]
+    assert other.moved == 1
 
 
 async def test_a_submission_on_a_breaking_stream_is_not_left_behind(

@@ -54,22 +54,6 @@ static int expert_products(const Input& x, long count, long K, const int32_t* id
     return 0;
 }
 
-// into[t] += weights[t, k] * y[index[t, k]], k ascending; without an index, of row t * K + k.
-static int combine(const float* y, long M, long T, long K, const int32_t* index,
-                   const float* weights, long D, float* into, long ldi) {
-    for (long i = 0; index && i < T * K; i++)
-        if (index[i] < 0 || index[i] >= M) return 1;
-    for (long t = 0; t < T; t++)
-        for (long d = 0; d < D; d += 16) {
-            float* to = into + t * ldi + d;
-            v16 total = load_n(to, D - d);
-            for (long i = t * K; i < (t + 1) * K; i++)
-                total += load_n(y + (index ? index[i] : i) * D + d, D - d) * weights[i];
-            store_n(to, total, D - d);
-        }
-    return 0;
-}
-
 // ---------------------------------------------------------------- the C interface
 
 extern "C" {
@@ -233,39 +217,33 @@ void rs_mlp(const float* x, long ldx, long T, const Packed* gate_up, const Packe
     });
 }
 
+// into[t] += weights[t, k] * y[index[t, k]], k ascending; without an index, of row t * K + k.
+int rs_combine(const float* y, long M, long T, long K, const int32_t* index, const float* weights,
+               long D, float* into, long ldi) {
+    for (long i = 0; index && i < T * K; i++)
+        if (index[i] < 0 || index[i] >= M) return 1;
+    for (long t = 0; t < T; t++)
+        for (long d = 0; d < D; d += 16) {
+            float* to = into + t * ldi + d;
+            v16 total = load_n(to, D - d);
+            for (long i = t * K; i < (t + 1) * K; i++)
+                total += load_n(y + (index ? index[i] : i) * D + d, D - d) * weights[i];
+            store_n(to, total, D - d);
+        }
+    return 0;
+}
+
 // An expert multiplies its rows together, and every token adds its own in ascending order, product
 // and sum rounded apart: the same whether the products are made here or come from other ranks.
 int rs_experts(const float* x, long ldx, long T, long K, const int32_t* ids, const float* weights,
                long E, const Packed* gate_up, const Packed* down, float* into, long ldi) {
     float* y = scratch<float>(EXPERT_OUT, T * K * down->n);
     if (expert_products({x, ldx, nullptr}, T * K, K, ids, 0, E, gate_up, down, T >= 16, y)) return 1;
-    return combine(y, T * K, T, K, nullptr, weights, down->n, into, ldi);
+    return rs_combine(y, T * K, T, K, nullptr, weights, down->n, into, ldi);
 }
 int rs_expert_rows(const float* x, long ldx, long N, const int32_t* rows, const int32_t* ids,
                    long E, const Packed* gate_up, const Packed* down, float* y) {
     return expert_products({x, ldx, rows}, N, 1, ids, -1, E, gate_up, down, N >= 64, y);
-}
-int rs_combine(const float* y, long M, long T, long K, const int32_t* index, const float* weights,
-               long D, float* into, long ldi) {
-    return combine(y, M, T, K, index, weights, D, into, ldi);
-}
-
-void rs_row_places(const int32_t* slot, long N, const int64_t* table, long entries, long M,
-                   int32_t* place, int64_t* count) {
-    row_places(slot, N, table, entries, M, place, count);
-}
-long rs_wanted_rows(const int32_t* slot, long stride, long R, long K, const int64_t* table,
-                    long entries, long M, int32_t* row, int64_t* count) {
-    return wanted_rows(slot, stride, R, K, table, entries, M, row, count);
-}
-long rs_pack_rows(const Route* to, const int32_t* word, long stride, long T, long W,
-                  const int32_t* expert, long K, long all, int32_t* slot, int32_t* out,
-                  int64_t* sent) {
-    return pack_rows(*to, word, stride, T, W, expert, K, all, slot, out, sent);
-}
-long rs_picked_slots(const int32_t* packed, long width, long R, long K, int first, int slots,
-                     long M, int32_t* row, int32_t* local, int64_t* count, int64_t* seen) {
-    return picked_slots(packed, width, R, K, first, slots, M, row, local, count, seen);
 }
 
 // Tokens of R rows, their log-probabilities, and of the `most` likely ids of each. A draw may stand

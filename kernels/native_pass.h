@@ -67,8 +67,8 @@ static void gather(const float* x, const int64_t* rows, long R, long width, floa
 
 // logits [outs][V] and normed states: of all rows; with `join`, whose states nobody else needs, of
 // the out rows alone, the others only write their latents; a pass with `join` has one layer.
-static void run_pass(const Pass& p, const Input_rows& in, const float* hidden,
-                     void* const* pages, float* logits, float* normed) {
+extern "C" void rs_pass(const Pass& p, const Input_rows& in, const float* hidden,
+                        void* const* pages, float* logits, float* normed) {
     long T = in.count, D = p.width, R = p.rope, a_width = 0, q_width = 0, o_width = 0, E = 0, K = 0;
     for (const Layer* l = p.layers; l < p.layers + p.count; l++) {
         a_width = std::max<long>(a_width, l->q_and_kv_a->n);
@@ -135,9 +135,9 @@ static void run_pass(const Pass& p, const Input_rows& in, const float* hidden,
 // Drafts of a module, a pass for each: row i of the out rows gets as many tokens as most[i] says,
 // each drawn as `draws[i]` does, but at positions one further ahead, and fed to the next pass with
 // the state before it. tokens: [outs][ahead], -1 where there is none.
-static void run_drafts(const Pass& p, const Input_rows& in, const float* hidden,
-                       void* const* pages, const Draw* draws, const int64_t* most, long ahead,
-                       int32_t* tokens) {
+extern "C" void rs_drafts(const Pass& p, const Input_rows& in, const float* hidden,
+                          void* const* pages, const Draw* draws, const int64_t* most, long ahead,
+                          int32_t* tokens) {
     long B = in.outs, D = p.width, V = p.head->n;
     float *logits, *normed, *state;
     int64_t *ids, *slots, *out, *row;  // row: of `tokens`, of those that go on
@@ -154,7 +154,7 @@ static void run_drafts(const Pass& p, const Input_rows& in, const float* hidden,
     }
     Input_rows now = in;
     for (long number = 0; number < ahead && (now.outs || !number); number++) {
-        run_pass(p, now, hidden, pages, logits, normed);
+        rs_pass(p, now, hidden, pages, logits, normed);
         long on = 0;
         for (long i = 0; i < now.outs; i++) {
             Draw draw = draws[row[i]];
@@ -169,15 +169,4 @@ static void run_drafts(const Pass& p, const Input_rows& in, const float* hidden,
         now = {ids, slots, out, positions, sequence, in.table, on, on, in.table_width};
         hidden = state;
     }
-}
-
-extern "C" void rs_drafts(const Pass* pass, const Input_rows* rows, const float* hidden,
-                          void* const* pages, const Draw* draws, const int64_t* most, long ahead,
-                          int32_t* tokens) {
-    run_drafts(*pass, *rows, hidden, pages, draws, most, ahead, tokens);
-}
-
-extern "C" void rs_pass(const Pass* pass, const Input_rows* rows, const float* hidden,
-                        void* const* pages, float* logits, float* normed) {
-    run_pass(*pass, *rows, hidden, pages, logits, normed);
 }

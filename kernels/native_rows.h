@@ -11,8 +11,8 @@ static long member_of(int32_t slot, const int64_t* table, long entries) {
 }
 
 // Stable counting sort: place[i] is where slot i lands when slots are grouped by member.
-static void row_places(const int32_t* slot, long N, const int64_t* table, long entries, long M,
-                       int32_t* place, int64_t* count) {
+extern "C" void rs_row_places(const int32_t* slot, long N, const int64_t* table, long entries,
+                              long M, int32_t* place, int64_t* count) {
     std::fill(count, count + M, 0);
     for (long i = 0; i < N; i++) count[member_of(slot[i], table, entries)]++;
     std::vector<int64_t> next(M, 0);
@@ -21,8 +21,9 @@ static void row_places(const int32_t* slot, long N, const int64_t* table, long e
 }
 
 // Rows grouped by the members that hold one of their slots, each once a member; how many in all.
-static long wanted_rows(const int32_t* slot, long stride, long R, long K, const int64_t* table,
-                        long entries, long M, int32_t* row, int64_t* count) {
+extern "C" long rs_wanted_rows(const int32_t* slot, long stride, long R, long K,
+                               const int64_t* table, long entries, long M, int32_t* row,
+                               int64_t* count) {
     std::vector<int32_t> last(M + 1, -1);
     std::fill(count, count + M, 0);
     auto each = [&](auto found) {
@@ -52,15 +53,16 @@ struct Route {
 // Rows as they travel: W words of a row, its K slots, its home. `all` < 0: each once to every member
 // that one of its slots is at; else `all` rows to every member, and from T on one that wants nothing.
 // slot: [T, K]; out has room for all; sent: rows by member. How many in all.
-static long pack_rows(const Route& to, const int32_t* word, long stride, long T, long W,
-                      const int32_t* expert, long K, long all, int32_t* slot, int32_t* out,
-                      int64_t* sent) {
+extern "C" long rs_pack_rows(const Route& to, const int32_t* word, long stride, long T, long W,
+                             const int32_t* expert, long K, long all, int32_t* slot, int32_t* out,
+                             int64_t* sent) {
     for (long i = 0; i < T * K; i++)
         slot[i] = to.table[expert[i] * to.replicas + i / K % to.count[expert[i]]];
     std::vector<int32_t> row;
     if (all < 0) {
         row.resize(T * std::min(K, to.members));
-        row.resize(wanted_rows(slot, K, T, K, to.member, to.entries, to.members, row.data(), sent));
+        row.resize(
+            rs_wanted_rows(slot, K, T, K, to.member, to.entries, to.members, row.data(), sent));
     } else {
         std::fill(sent, sent + to.members, 0);
         for (long i = 0; i + 1 < to.entries; i++)
@@ -83,9 +85,9 @@ static long pack_rows(const Route& to, const int32_t* word, long stride, long T,
 
 // Of R packed rows, `width` words each, the (row, slot) pairs of `slots` slots from `first` on, in
 // order; how many. count: by home. seen: grows by the rows of each slot.
-static long picked_slots(const int32_t* packed, long width, long R, long K, int32_t first,
-                         int32_t slots, long M, int32_t* row, int32_t* local, int64_t* count,
-                         int64_t* seen) {
+extern "C" long rs_picked_slots(const int32_t* packed, long width, long R, long K, int32_t first,
+                                int32_t slots, long M, int32_t* row, int32_t* local,
+                                int64_t* count, int64_t* seen) {
     long n = 0;
     std::fill(count, count + M, 0);
     for (long r = 0; r < R; r++) {

@@ -129,6 +129,10 @@ def cluster_environment(config: Config, proxies: int | None = None) -> dict[str,
         "RAY_core_worker_rpc_server_reconnect_timeout_max_s": "2",
         # A proxy takes longer than Serve's 5 s to start on half a CPU, and would be started anew.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        # Three failed checks and a proxy is replaced: a dead one soon, and nothing answers until
+        # then (28 s by Serve's periods of 10 s, 5 so); one that hangs has as long as by default.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "20",
         "RAY_SERVE_HAPROXY_MAXCONN": str(connections(config, proxies)),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(longest),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(longest),
@@ -186,6 +190,7 @@ def running(
     from rayseek.serve_app.changes import ServeApi
     from rayseek.serve_app.deploy import APP_NAME, build
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the user is told what matters
     try:
         context: Any = ray.init(
             address="local",

@@ -11,69 +11,58 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rayseek.kernels.ops import Norm, Ops, Weight
+from rayseek.kernels.ops import PAGE_TOKENS, LayerParts, MoeParts, Norm, Ops, Weight
 from rayseek.kernels.reference import ReferenceOps
 from rayseek.kernels.rope import yarn_cos_sin
 from rayseek.kernels.select import choose_ops, device_for
 
 LAYERS, HIDDEN, HEADS, Q_LORA, LATENT, ROPE, NOPE, VALUE = 8, 256, 8, 128, 512, 64, 128, 128
 DENSE, EXPERTS, EXPERT, GROUPS, KEEP, TOP_K, VOCAB = 768, 32, 128, 4, 2, 4, 4096
-PAGE, EPS, SCALE = 64, 1e-6, 0.1352
+SCALE = 0.1352
 
 
 def random_weight(n: int, k: int) -> Weight:
     return Weight((torch.randn(n, k) * k**-0.5).bfloat16())
 
 
-@dataclass
-class Layer:
-    """One layer's packed weights; the names are those of the checkpoint."""
-
-    norm: Norm
-    qkv_a: Any
-    q_norm: Norm
-    q_b: Any
-    kv_norm: Norm
-    w_uk: Any
-    w_uv: Any
-    o: Any
-    gate_up: Any
-    down: Any
-    gate: Any = None
-    bias: Tensor | None = None
-    experts: Any = None
-
-
-def random_layer(ops: Ops, dense: bool) -> Layer:
+def random_layer(ops: Ops, dense: bool) -> LayerParts:
     inner = DENSE if dense else EXPERT
     kv_b = random_weight(HEADS * (NOPE + VALUE), LATENT)
     w_uk, w_uv = ops.pack_heads(kv_b, HEADS, NOPE, VALUE)
-    layer = Layer(
-        norm=Norm(torch.ones(HIDDEN), EPS),
-        qkv_a=ops.pack_stack([random_weight(Q_LORA, HIDDEN), random_weight(576, HIDDEN)]),
-        q_norm=Norm(torch.ones(Q_LORA), EPS),
-        q_b=ops.pack(random_weight(HEADS * (NOPE + ROPE), Q_LORA)),
-        kv_norm=Norm(torch.ones(LATENT), EPS),
-        w_uk=w_uk,
-        w_uv=w_uv,
-        o=ops.pack(random_weight(HIDDEN, HEADS * VALUE)),
-        gate_up=ops.pack_stack([random_weight(inner, HIDDEN), random_weight(inner, HIDDEN)]),
-        down=ops.pack(random_weight(HIDDEN, inner)),
-    )
+    moe = None
     if not dense:
-        layer.gate = ops.pack(Weight(torch.randn(EXPERTS, HIDDEN) * HIDDEN**-0.5))
-        layer.bias = torch.randn(EXPERTS) * 0.1
-        layer.experts = ops.pack_experts(
+        gate = ops.pack(Weight(torch.randn(EXPERTS, HIDDEN) * HIDDEN**-0.5))
+        experts = ops.pack_experts(
             [[random_weight(EXPERT, HIDDEN) for _ in range(2)] for _ in range(EXPERTS)],
             [random_weight(HIDDEN, EXPERT) for _ in range(EXPERTS)],
         )
-    return layer
+        bias = torch.randn(EXPERTS) * 0.1
+        moe = MoeParts(gate, bias, GROUPS, KEEP, TOP_K, True, 2.5, experts, rows_E=None)
+    return LayerParts(
+        input_norm=norm(HIDDEN),
+        q_and_kv_a=ops.pack_stack([random_weight(Q_LORA, HIDDEN), random_weight(576, HIDDEN)]),
+        q_norm=norm(Q_LORA),
+        q_b=ops.pack(random_weight(HEADS * (NOPE + ROPE), Q_LORA)),
+        kv_norm=norm(LATENT),
+        w_uk=w_uk,
+        w_uv=w_uv,
+        o=ops.pack(random_weight(HIDDEN, HEADS * VALUE)),
+        norm=norm(HIDDEN),
+        gate_up=ops.pack_stack([random_weight(inner, HIDDEN), random_weight(inner, HIDDEN)]),
+        down=ops.pack(random_weight(HIDDEN, inner)),
+        moe=moe,
+    )
+
+
+def norm(width: int) -> Norm:
+    return Norm(torch.ones(width), 1e-6)
 
 
 @dataclass
@@ -87,13 +76,13 @@ class Rows:
 
     @staticmethod
     def of(sequences: int, new: int, context: int) -> Rows:
-        pages = -(-(context + new) // PAGE)
+        pages = -(-(context + new) // PAGE_TOKENS)
         table = torch.arange(sequences * pages, dtype=torch.int32).view(sequences, pages)
         position = torch.arange(context, context + new)
-        slot = table.long()[:, position // PAGE] * PAGE + position % PAGE
+        pages_N, offset = table.long()[:, position // PAGE_TOKENS], position % PAGE_TOKENS
         return Rows(
             position.repeat(sequences).int(),
-            slot.flatten(),
+            (pages_N * PAGE_TOKENS + offset).flatten(),
             torch.arange(sequences, dtype=torch.int32).repeat_interleave(new),
             table,
         )
@@ -108,16 +97,16 @@ class Model:
         self.head = ops.pack(random_weight(VOCAB, HIDDEN))
         self.cos_sin = yarn_cos_sin(4096, ROPE, 1e4, 40, 4096)
         self.pages = [ops.new_pages(page_count, LATENT, ROPE) for _ in range(LAYERS)]
-        slots = torch.arange(page_count * PAGE)
+        slots = torch.arange(page_count * PAGE_TOKENS)
         for pages, layer in zip(self.pages, self.layers, strict=True):
             ops.store_latents(
                 torch.randn(len(slots), LATENT + ROPE), layer.kv_norm, self.cos_sin,
                 torch.zeros(len(slots), dtype=torch.int32), slots, pages,
             )  # fmt: skip
 
-    def attend(self, layer: Layer, pages: Tensor, x: Tensor, rows: Rows) -> Tensor:
+    def attend(self, layer: LayerParts, pages: Tensor, x: Tensor, rows: Rows) -> Tensor:
         ops, cos_sin, position = self.ops, self.cos_sin, rows.position
-        a = ops.linear(x, layer.qkv_a, layer.norm)
+        a = ops.linear(x, layer.q_and_kv_a, layer.input_norm)
         q = ops.linear(a[:, :Q_LORA], layer.q_b, layer.q_norm).view(-1, HEADS, NOPE + ROPE)
         ops.store_latents(a[:, Q_LORA:], layer.kv_norm, cos_sin, position, rows.slot, pages)
         heads = ops.attend(
@@ -131,11 +120,16 @@ class Model:
             x = self.attend(layer, pages, x, rows)
             h = ops.rms_norm(x, layer.norm)
             x = x + ops.mlp(h, layer.gate_up, layer.down)
-            if layer.bias is not None:
-                logits = ops.linear(h, layer.gate)
-                ids, weights = ops.route(logits, layer.bias, GROUPS, KEEP, TOP_K, True, 2.5)
-                ops.experts(h, ids, weights, layer.experts, x)
+            if layer.moe is not None:
+                ids, weights = route(ops, layer.moe, ops.linear(h, layer.moe.gate))
+                ops.experts(h, ids, weights, layer.moe.experts, x)
         return ops.linear(x[out], self.head, self.layers[0].norm)
+
+
+def route(ops: Ops, moe: MoeParts, logits: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.route(
+        logits, moe.bias_E, moe.groups, moe.keep_groups, moe.top_k, moe.normalise, moe.factor
+    )
 
 
 def best(run: Callable[[], object], seconds: float = 0.4) -> float:
@@ -153,15 +147,16 @@ def best(run: Callable[[], object], seconds: float = 0.4) -> float:
 def time_operations(model: Model, sequences: int, new: int, context: int) -> dict[str, Any]:
     """Each operation of a layer: (run, floating-point operations, bytes it must read)."""
     ops, layer, pages, cos_sin = model.ops, model.layers[1], model.pages[1], model.cos_sin
+    moe = layer.moe
+    assert moe is not None
     rows = Rows.of(sequences, new, context)
     t = sequences * new
     x, h = torch.randn(t, HIDDEN), torch.randn(t, HIDDEN)
-    a = ops.linear(x, layer.qkv_a, layer.norm)
+    a = ops.linear(x, layer.q_and_kv_a, layer.input_norm)
     q = ops.linear(a[:, :Q_LORA], layer.q_b, layer.q_norm).view(-1, HEADS, NOPE + ROPE)
     v = torch.randn(t, HEADS * VALUE)
     logits = torch.randn(t, EXPERTS)
-    bias = torch.zeros(EXPERTS)
-    ids, weights = ops.route(logits, bias, GROUPS, KEEP, TOP_K, True, 2.5)
+    ids, weights = route(ops, moe, logits)
     keys = sum(context + i + 1 for i in range(new)) * sequences
     used = len(ids.unique())
     expert = 3 * HIDDEN * EXPERT
@@ -169,42 +164,30 @@ def time_operations(model: Model, sequences: int, new: int, context: int) -> dic
     def of(n: int, k: int, count: int = 1) -> tuple[int, int]:
         return 2 * t * n * k * count, 2 * n * k * count
 
+    linear = partial(partial, ops.linear)
+    store = partial(
+        ops.store_latents, a[:, Q_LORA:], layer.kv_norm, cos_sin, rows.position, rows.slot, pages
+    )
+    attend = partial(
+        ops.attend, q, layer.w_uk, layer.w_uv, cos_sin, pages, rows.table, rows.sequence,
+        rows.position, SCALE,
+    )  # fmt: skip
+    absorb_flops, absorb_bytes = of(LATENT, NOPE, 2 * HEADS)
+    attend_flops = 2 * keys * HEADS * (576 + LATENT) + absorb_flops
+    attend_bytes = 4 * 576 * sequences * (context + new) + absorb_bytes
+    experts = partial(ops.experts, h, ids, weights, moe.experts, x)
     return {
-        "linear qkv_a": (lambda: ops.linear(x, layer.qkv_a, layer.norm), *of(704, 256)),
-        "linear q_b": (lambda: ops.linear(a[:, :Q_LORA], layer.q_b, layer.q_norm), *of(1536, 128)),
-        "linear o": (lambda: ops.linear(v, layer.o, None, x), *of(256, 1024)),
-        "linear gate": (lambda: ops.linear(h, layer.gate), *of(32, 256)),
-        "linear head": (lambda: ops.linear(x, model.head, layer.norm), *of(4096, 256)),
-        "rms_norm": (lambda: ops.rms_norm(x, layer.norm), 4 * t * HIDDEN, 4 * t * HIDDEN),
-        "store_latents": (
-            lambda: ops.store_latents(
-                a[:, Q_LORA:], layer.kv_norm, cos_sin, rows.position, rows.slot, pages
-            ),
-            6 * t * 576,
-            8 * t * 576,
-        ),
-        "attend": (
-            lambda: ops.attend(
-                q,
-                layer.w_uk,
-                layer.w_uv,
-                cos_sin,
-                pages,
-                rows.table,
-                rows.sequence,
-                rows.position,
-                SCALE,
-            ),  # fmt: skip
-            2 * keys * HEADS * (576 + 512) + 2 * of(512, 128, 8)[0],
-            4 * 576 * sequences * (context + new) + 2 * of(512, 128, 8)[1],
-        ),
-        "route": (lambda: ops.route(logits, bias, GROUPS, KEEP, TOP_K, True, 2.5), 0, 0),
-        "mlp (shared)": (lambda: ops.mlp(h, layer.gate_up, layer.down), *of(expert, 1)),
-        "experts": (
-            lambda: ops.experts(h, ids, weights, layer.experts, x),
-            2 * t * TOP_K * expert,
-            2 * used * expert,
-        ),
+        "linear qkv_a": (linear(x, layer.q_and_kv_a, layer.input_norm), *of(704, 256)),
+        "linear q_b": (linear(a[:, :Q_LORA], layer.q_b, layer.q_norm), *of(1536, 128)),
+        "linear o": (linear(v, layer.o, None, x), *of(256, 1024)),
+        "linear gate": (linear(h, moe.gate), *of(32, 256)),
+        "linear head": (linear(x, model.head, layer.norm), *of(4096, 256)),
+        "rms_norm": (partial(ops.rms_norm, x, layer.norm), 4 * t * HIDDEN, 4 * t * HIDDEN),
+        "store_latents": (store, 6 * t * 576, 8 * t * 576),
+        "attend": (attend, attend_flops, attend_bytes),
+        "route": (partial(route, ops, moe, logits), 0, 0),
+        "mlp (shared)": (partial(ops.mlp, h, layer.gate_up, layer.down), *of(expert, 1)),
+        "experts": (experts, 2 * t * TOP_K * expert, 2 * used * expert),
     }
 
 

@@ -23,10 +23,9 @@ from rayseek.cluster.crew import SILENT_S, STARTED_LATER_S, Crew, last_line, spa
 from rayseek.cluster.expert_load import ExpertLoad, pays
 from rayseek.cluster.logs import start_logging
 from rayseek.cluster.metrics import UNIT, Meter, RayMeter
-from rayseek.cluster.placement import ExpertPlacement, Loads
+from rayseek.cluster.placement import ExpertPlacement
 from rayseek.cluster.plan import (
     LATER_S,
-    Member,
     Pulse,
     UnitPlan,
     Wanted,
@@ -38,7 +37,7 @@ from rayseek.cluster.plan_keeper import PlanKeeper
 from rayseek.cluster.rank import Elsewhere, Rank, Started
 from rayseek.cluster.spec import UnitSpec
 from rayseek.cluster.status import UnitStatus
-from rayseek.cluster.unit_report import UnitReport, UnitView
+from rayseek.cluster.unit_report import UnitReport, UnitState, UnitView
 
 log = logging.getLogger("rayseek.unit")
 
@@ -100,7 +99,7 @@ class Unit:
 
     async def view(self) -> UnitView:
         """For the cluster page."""
-        return self._report.view(self._plans.plan, *self._state)
+        return self._report.view(self._state)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve's hook: what cluster/autoscaling.py scales by."""
@@ -181,11 +180,11 @@ class Unit:
         return found + self._company.refusal if found else []
 
     @property
-    def _state(self) -> tuple[list[Member], ExpertPlacement | None, Loads, list[str], int]:
-        """What a report is made of, beside the plan."""
-        company = self._company
-        loads = self._load.rows
-        return company.present, self._placement, loads, self._problems, company.deaths
+    def _state(self) -> UnitState:
+        company, plan = self._company, self._plans.plan
+        return UnitState(
+            plan, company.present, self._placement, self._load.rows, self._problems, company.deaths
+        )
 
     # ---- processes ----
 
@@ -246,12 +245,9 @@ class Unit:
             self._load.age(time.monotonic() - last)
             last = time.monotonic()
             self._count_rows(pulses)
-            plan = self._plans.plan
-            self._report.take(
-                last, {name: pulses.get(name) for name in hands},
-                plan.members if plan else self._company.present,
-            )  # fmt: skip
-            self._report.publish(plan, *self._state)
+            state = self._state
+            self._report.take(last, {name: pulses.get(name) for name in hands}, state.members)
+            self._report.publish(state)
 
     def _count_rows(self, pulses: dict[str, Pulse | None]) -> None:
         plan, exchange, placement = self._plans.plan, self._spec.rank.exchange, self._placement

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -82,6 +83,22 @@ class UnitView:
     experts: ExpertsView | None
 
 
+class UnitState(NamedTuple):
+    """What a report is made of, beside pulses. placement: None where nobody knows it yet."""
+
+    plan: UnitPlan | None
+    present: Sequence[Member]
+    placement: ExpertPlacement | None
+    loads: Loads
+    problems: Sequence[str]
+    deaths: int
+
+    @property
+    def members(self) -> Sequence[Member]:
+        """Who takes part: all who are there, as long as there is no plan."""
+        return self.plan.members if self.plan else self.present
+
+
 @dataclass(slots=True)
 class _Rates:
     """What one rank does in a second, smoothed."""
@@ -113,8 +130,8 @@ class UnitReport:
     def take(
         self, now: float, pulses: Mapping[str, Pulse | None], members: Sequence[Member]
     ) -> None:
-        """now: monotonic seconds. Who did not answer is shown as it was. members: as in
-        `places_of`."""
+        """now: monotonic seconds. Who did not answer is shown as it was. members: who takes
+        part."""
         self._rates = {name: rates for name, rates in self._rates.items() if name in pulses}
         self._totals.forget({**self._rates, "": None})
         self._queues = {n: q for n, q in self._queues.items() if now - q[0] < QUEUE_S}
@@ -152,24 +169,17 @@ class UnitReport:
                 "expert_rows", float(counts[expert]), **self._labels, expert=str(expert)
             )
 
-    def publish(
-        self,
-        plan: UnitPlan | None,
-        present: Sequence[Member],
-        placement: ExpertPlacement | None,
-        loads: Loads,
-        problems: Sequence[str],
-        deaths: int,
-    ) -> None:
+    def publish(self, state: UnitState) -> None:
         """What is true of the whole unit."""
         labels, meter = self._labels, self._meter
-        members = plan.members if plan else present
+        plan, placement, loads = state.plan, state.placement, state.loads
         for kind, wanted in self._kinds.items():
-            meter.set("unit_ranks", sum(m.role == kind for m in members), **labels, kind=kind)
+            have = sum(m.role == kind for m in state.members)
+            meter.set("unit_ranks", have, **labels, kind=kind)
             meter.set("unit_ranks_wanted", wanted, **labels, kind=kind)
-        meter.set("unit_problems", len(problems), **labels)
+        meter.set("unit_problems", len(state.problems), **labels)
         meter.set("unit_epoch", plan.epoch if plan else 0, **labels)
-        self._totals.take("", "rank_deaths", deaths, **labels)
+        self._totals.take("", "rank_deaths", state.deaths, **labels)
         if placement is None:
             return
         meter.set("placement_version", placement.version, **labels)
@@ -177,18 +187,11 @@ class UnitReport:
         for layer, value in zip(placement.slots, _by_layer(placement, loads), strict=True):
             meter.set("expert_imbalance", value, **labels, layer=str(layer))
 
-    def view(
-        self,
-        plan: UnitPlan | None,
-        present: Sequence[Member],
-        placement: ExpertPlacement | None,
-        loads: Loads,
-        problems: Sequence[str],
-        deaths: int,
-    ) -> UnitView:
+    def view(self, state: UnitState) -> UnitView:
         """All of it for the cluster page."""
-        places = places_of(plan.members if plan else present)
-        ranks = [self._rank_view(m, places.get(m.name, "spare")) for m in present]
+        plan, placement, loads = state.plan, state.placement, state.loads
+        places = places_of(state.members)
+        ranks = [self._rank_view(m, places.get(m.name, "spare")) for m in state.present]
         experts = None
         if placement is not None:
             holders = [plan.members[rank].name for rank in plan.holders] if plan else list(places)
@@ -203,7 +206,7 @@ class UnitReport:
                 overall=round(imbalance(placement, loads), 3),
             )
         return UnitView(
-            self._unit, self._role, plan.epoch if plan else -1, tuple(problems), deaths,
+            self._unit, self._role, plan.epoch if plan else -1, tuple(state.problems), state.deaths,
             self._kinds, tuple(sorted(ranks, key=lambda r: _numbered(r.place))), experts,
         )  # fmt: skip
 
@@ -309,8 +312,7 @@ class UnitReport:
 
 
 def places_of(members: Sequence[Member]) -> dict[str, str]:
-    """Names that mean the same over generations of processes, for those who take part: members of
-    the plan, or all who are there as long as there is none."""
+    """Names that mean the same over generations of processes, for those who take part."""
     places: dict[str, str] = {}
     for role in ("attention", "expert"):
         of_role = [m.name for m in members if m.role == role]

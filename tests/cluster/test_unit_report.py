@@ -24,7 +24,7 @@ from rayseek.cluster.placement import ExpertPlacement
 from rayseek.cluster.plan import Exchanged, ExpertRows, Member, Pulse, Wanted, next_plan
 from rayseek.cluster.step_clock import Work
 from rayseek.cluster.transfer_counters import Transfers
-from rayseek.cluster.unit_report import UnitReport, places_of
+from rayseek.cluster.unit_report import UnitReport, UnitState, places_of
 
 ROOT = Path(metrics.__file__).parents[1]
 KINDS = {short(m): m for m in METRICS}
@@ -130,8 +130,8 @@ def test_lone_rank_and_its_successor() -> None:
     report.count_experts(placement, 0, rows)
     now = pulse(9, 1.5, running=3, pages_held=40, queued=500, waiting=5, parked=3)
     report.take(11.0, {"a": now}, [member])
-    state = ([member], placement, load.rows, ["one thing is wrong"], 0)
-    report.publish(None, *state)
+    state = UnitState(None, [member], placement, load.rows, ["one thing is wrong"], 0)
+    report.publish(state)
     assert book.total("kv_pages_used", rank="attention0") == 40
     assert book.total("draft_tokens_predicted", depth="1") == 1200
     assert book.total("steps") == 9 and book.total("rows", kind="prompt") == 900
@@ -149,13 +149,13 @@ def test_lone_rank_and_its_successor() -> None:
     assert stats["prompt_tokens_per_s"] == pytest.approx(400 / 0.5)
     assert all(type(v) is float for v in stats.values()), "Serve takes numbers only"
 
-    view = json.loads(json.dumps(asdict(report.view(None, *state))))
+    view = json.loads(json.dumps(asdict(report.view(state))))
     assert view["ranks"][0]["place"] == "attention0" and view["ranks"][0]["rows_per_s"] == 440
     assert view["experts"]["rows"] == [[9, 1, 0, 0], [0, 0, 4, 6]]
     assert view["experts"]["imbalance"] == [1, 1]  # one holder has it all
 
     report.take(12.0, {}, [])  # it died
-    report.publish(None, [], placement, load.rows, [], 1)
+    report.publish(UnitState(None, [], placement, load.rows, [], 1))
     assert book.total("kv_pages_used") == 0 and book.total("batch_sequences") == 0
     report.take(13.0, {"b": pulse(2)}, [replace(member, name="b")])
     assert book.total("steps") == 11 and book.total("rank_deaths") == 1
@@ -180,11 +180,12 @@ def test_split_unit() -> None:
         expert = replace(silent, exchanged=Exchanged(0, {"experts": now * 0.7}))
         report.take(now, {"a": pulse(1), "b": None, "x": expert, "y": expert, "z": silent},
                     plan.members)  # fmt: skip
-    report.publish(plan, members, plan.placement, loads, [], 3)
+    state = UnitState(plan, members, plan.placement, loads, [], 3)
+    report.publish(state)
     assert book.total("expert_imbalance", layer="3") == 2  # all rows at one of two
     assert book.total("expert_imbalance", layer="4") == 1
     assert book.total("unit_expert_imbalance") == pytest.approx((8 + 2) / (4 + 2))
-    view = report.view(plan, members, plan.placement, loads, [], 3)
+    view = report.view(state)
     assert [r.place for r in view.ranks] == [
         "attention0", "attention1", "expert0", "expert1", "spare",
     ]  # fmt: skip
@@ -217,7 +218,7 @@ def test_nobody_counts_as_another_kind_before_there_is_a_plan() -> None:
     report.take(1.0, {"x": loading, "a": pulse(5)}, split_members("x", "a"))
     assert book.total("experts_taken", how="copied", rank="expert0") == 3
     assert book.total("experts_taken", how="copied", rank="attention0") == 5
-    view = report.view(None, split_members("x", "a"), None, {}, [], 0)
+    view = report.view(UnitState(None, split_members("x", "a"), None, {}, [], 0))
     assert [r.place for r in view.ranks] == ["attention0", "expert0"]
 
 

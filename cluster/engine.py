@@ -16,7 +16,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -460,6 +460,9 @@ class Engine:
             self.pool.retract(sequence.pages)
         self.pool.release(sequence.pages)
         return Delta(sequence.request.id, tokens, finish, sequence.cached_tokens, error)
+
+
+Command: TypeAlias = Callable[[Engine], None]  # for the thread that owns an engine
 
 
 def run_to_end(engine: Engine, on_delta: Callable[[Delta], None]) -> None:

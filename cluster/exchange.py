@@ -91,7 +91,7 @@ class Exchange:
         self.holder_of_slot = make_hops(placement, me, holders, nodes, False, device)[0]
         home = Home(me, nodes[me], here)
         self._routes = {layer: self._route(layer, home) for layer in placement.slots}
-        self._slot_rows = self._no_slot_rows()
+        self.slot_rows = self._no_slot_rows()  # int64, of ours, by layer
         self.rows: list[list[int]] = []  # of each micro-batch, by member
         self._desks: list[_Desk] = []  # of each micro-batch
         self._next_part = 0
@@ -155,7 +155,7 @@ class Exchange:
 
     def take_slot_rows(self) -> NDArray[np.int64]:
         """Rows that each slot of this member got since the last call: [MoE layers, slots]."""
-        counted, self._slot_rows = self._slot_rows, self._no_slot_rows()
+        counted, self.slot_rows = self.slot_rows, self._no_slot_rows()
         counts: NDArray[np.int64] = torch.stack(list(counted.values())).cpu().numpy()
         return counts
 
@@ -192,10 +192,6 @@ class Exchange:
         self.bytes_sent += (rows.shape[0] - splits[self.group.rank]) * row_bytes
         what = f"pass {self.number}, layer {layer}, {stage}"
         return self.group.all_to_all(out, rows, expected, splits, what), out
-
-    def rows_of_slots(self, layer: int) -> Tensor:
-        """The counters of our slots, int64."""
-        return self._slot_rows[layer]
 
 
 class _Desk(NamedTuple):
@@ -304,7 +300,7 @@ class Pending:
             return packed.new_empty(0, wire.hidden, dtype=exchange.product_dtype), [0] * members
         if len(exchange.hops) > 1:  # relays mix homes, but keep the order of each
             packed = packed[wire.homes(packed).argsort(stable=True)]
-        first, seen_S = exchange.first_slot, exchange.rows_of_slots(self._layer)
+        first, seen_S = exchange.first_slot, exchange.slot_rows[self._layer]
         if exchange.mode == "static":
             row_N = torch.arange(packed.shape[0], device=packed.device)
             row_N = row_N.int().repeat_interleave(wire.top_k)

@@ -43,7 +43,7 @@ def facts_of_this_machine(needs: Needs) -> Facts:
     total, free = _memory()
     clock_known, clock_error_s = _clock()
     folder, cache_problem = _cache(needs)
-    kernels, slow = ("", False) if needs.on_gpus or not needs.ranks else _kernels(needs)
+    kernels, slow = ("", False) if needs.on_gpus or not needs.ranks else _kernels()
     cuda, nccl, gpus = _cuda() if needs.on_gpus else (None, "", ())
     return Facts(
         requirements=tuple(unmet_requirements("rayseek")),
@@ -197,7 +197,7 @@ def _clock() -> tuple[bool, float | None]:
     return True, None if status & STA_UNSYNC else state[3] / 1e6
 
 
-def _kernels(needs: Needs) -> tuple[str, bool]:
+def _kernels() -> tuple[str, bool]:
     """What would run on this CPU, and whether it is only the reference. May compile for a while."""
     from rayseek.kernels.native import NativeOps
     from rayseek.kernels.select import choose_ops

@@ -43,7 +43,7 @@ from rayseek.cluster.wire import (
 )
 
 if TYPE_CHECKING:  # torch stays out of processes that only talk to a rank
-    from rayseek.cluster.engine import Engine, Load
+    from rayseek.cluster.engine import Command, Engine
     from rayseek.cluster.participant import Participant
 
 log = logging.getLogger("rayseek.rank")
@@ -52,7 +52,6 @@ LOOK_S = 1.0  # a step that could do nothing is tried again after this, should n
 QUIET_S = 1.0  # without news, a stream hears of a load that has changed
 
 Stream = int  # one connected ingress
-Command: TypeAlias = "Callable[[Engine], None]"
 Serve: TypeAlias = Callable[[Iterator[Any], Any], Iterator[Any]]
 
 
@@ -112,7 +111,7 @@ class EngineLoop:
         self._outboxes: dict[Stream, Outbox] = defaultdict(Outbox)
         self._listeners: dict[str, Listener] = {}  # by the engine's request id
         self._step_began: float | None = None
-        self._load = engine.load
+        self.load = engine.load  # after its last step
         self.transfers = PageTransfers(engine, transfer or TransferSettings(), self._put)
         engine.wake_by(lambda: self._put(_nothing))
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -166,18 +165,13 @@ class EngineLoop:
     def pulse(self) -> Pulse:
         began = self._step_began
         if self._participant is not None:
-            return replace(self._participant.pulse, load=self._load, work=self._engine.work)
+            return replace(self._participant.pulse, load=self.load, work=self._engine.work)
         since = time.monotonic() - began if began is not None else 0.0
         steps, idle = self._engine.steps, began is None
         return Pulse(
-            0, steps, f"step {steps}", waits=False, idle=idle, since_s=since, load=self._load,
+            0, steps, f"step {steps}", waits=False, idle=idle, since_s=since, load=self.load,
             work=self._engine.work,
         )  # fmt: skip
-
-    @property
-    def load(self) -> Load:
-        """The engine's, after its last step."""
-        return self._load
 
     def _run(self) -> None:
         take_precedence()
@@ -247,7 +241,7 @@ class EngineLoop:
             listener.ended(delta)
 
     def _hand_over(self) -> None:
-        self._load = self._engine.load
+        self.load = self._engine.load
         served = self.transfers.take_served()
         if self._outboxes or served:
             outboxes, self._outboxes = self._outboxes, defaultdict(Outbox)

@@ -9,17 +9,15 @@ can cost time, and never change a token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 from rayseek.cluster.config import TransferSettings
-from rayseek.cluster.engine import Engine
+from rayseek.cluster.engine import Command, Engine
 from rayseek.cluster.request import Delta, Request
 from rayseek.cluster.tokens_pb2 import FromSource
 from rayseek.cluster.transfer_counters import TransferCounters
 from rayseek.cluster.transfer_fetch import PageFetcher
 from rayseek.cluster.transfer_source import PageSource
-
-Command: TypeAlias = Callable[[Engine], None]
 
 
 class PageTransfers:

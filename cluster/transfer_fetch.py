@@ -12,12 +12,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeAlias
 
 from torch._C._distributed_c10d import TCPStore
 
 from rayseek.cluster.config import TransferSettings
-from rayseek.cluster.engine import Engine
+from rayseek.cluster.engine import Command, Engine
 from rayseek.cluster.group import open_store
 from rayseek.cluster.precedence import give_way
 from rayseek.cluster.request import Request
@@ -33,8 +32,6 @@ log = logging.getLogger("rayseek.transfer")
 REST_S = 5.0  # a source whose connection was lost or given up is not asked for so long
 STARVING = 6  # times the time limit: who waits for room here for so long gets it by its age
 MOST_SILENCES = 2  # fetches in a row that heard nothing in time; then the source is given up
-
-Command: TypeAlias = Callable[[Engine], None]
 
 
 class PageFetcher:

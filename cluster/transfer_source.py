@@ -15,12 +15,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 import torch
 
-from rayseek.cluster.engine import Engine
+from rayseek.cluster.engine import Command, Engine
 from rayseek.cluster.group import ExchangeBroken, Group, join_store
 from rayseek.cluster.request import Delta, Request, RequestRefused, SamplingParams
 from rayseek.cluster.sequence import Sequence
@@ -43,8 +43,6 @@ log = logging.getLogger("rayseek.transfer")
 
 SAY_S = 1.0  # who waits hears so often that the steps go on, or four times before it gives up
 MOST_AT_ONCE = 16 * 2**20  # bytes of one exchange, if a page is not more
-
-Command: TypeAlias = Callable[[Engine], None]
 
 
 def pages_at_once(page_words: int) -> int:

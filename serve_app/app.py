@@ -26,7 +26,6 @@ from rayseek.serve_app.service import Service
 from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Tokenizer
 from rayseek.serve_app.transport import (
-    AnyCaseMethod,
     Document,
     EventStream,
     read_json,
@@ -66,7 +65,6 @@ def build_app(
     app = FastAPI(title=f"Rayseek: {settings.model}", version="1", docs_url=None, redoc_url=None)
     install_error_handlers(app)
     app.add_middleware(Answers, observer=service.observer)
-    app.add_middleware(AnyCaseMethod)
     _add_generation(app, "/chat/completions", ChatRequest, chat_answer, service)
     _add_generation(app, "/completions", CompletionRequest, completion_answer, service)
     add_messages(app, service)

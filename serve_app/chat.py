@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from functools import partial
 
 from rayseek.serve_app.answer import Answer, ChatDialect, Head
@@ -22,10 +21,9 @@ async def chat_answer(
     """Render, tokenise and set up; nothing runs yet. Raises ApiError (400)."""
     body.check()
     check_count(body, 1, settings)
-    messages = in_call_order(body.template_messages(settings.today()))
-    default = default_system_prompt(
-        settings.default_system_prompt, datetime.now(UTC), settings.time_zone
-    )
+    today = settings.today()
+    messages = in_call_order(body.template_messages(today))
+    default = default_system_prompt(settings.default_system_prompt, today)
     if default is not None and not any(message.role == "system" for message in messages):
         messages.insert(0, Message("system", default))
     grammar = await grammar_of(body, tokenizer)

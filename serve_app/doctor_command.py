@@ -6,9 +6,9 @@ Here is what belongs to the service: its ports, its checkpoint and its keys.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
-import socket
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,6 +17,7 @@ from pathlib import Path
 from rayseek.cluster.config import Config
 from rayseek.cluster.doctor import Finding, Port, diagnose, needs_of
 from rayseek.model.config import ConfigError, ModelConfig
+from rayseek.serve_app.local import StartError, check_port
 from rayseek.serve_app.start import configured, key_file, served_model
 
 ANSWER_S = 3.0
@@ -116,13 +117,10 @@ def ports_of(config: Config) -> list[Port]:
 
 
 def is_free(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+    with contextlib.suppress(StartError):
+        check_port(host, port)
+        return True
+    return False
 
 
 def is_rayseek(port: int) -> bool:

@@ -5,21 +5,10 @@ The cluster's client implements it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from rayseek.cluster.request import Delta, Request
-
-
-class Deltas(Protocol):
-    """The deltas of one request, in order; an `AsyncGenerator[Delta, None]` is one."""
-
-    def __aiter__(self) -> AsyncIterator[Delta]: ...
-
-    async def __anext__(self) -> Delta: ...
-
-    async def aclose(self) -> None:
-        """Give the request up: its pages are freed. Harmless after the end, and twice."""
 
 
 class Engine(Protocol):
@@ -27,7 +16,7 @@ class Engine(Protocol):
     def fingerprint(self) -> str:
         """Which model answers: its weights and its arithmetic; "" as long as that is unknown."""
 
-    def generate(self, request: Request) -> Deltas:
+    def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         """Run `request`; nothing happens before the first `__anext__`.
 
         The last delta carries `finish`. Raises `RequestRefused` from `__anext__`, normally before

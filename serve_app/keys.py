@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from rayseek.serve_app.errors import ApiError, unauthorized
+from rayseek.serve_app.errors import unauthorized
 
 log = logging.getLogger("rayseek.keys")
 
@@ -241,16 +241,3 @@ class KeyRing:
 def _version(file: Path) -> tuple[int, ...]:
     state = file.stat()
     return state.st_mtime_ns, state.st_size, state.st_ino
-
-
-def check_model(key: Key, model: str) -> None:
-    """Raises ApiError (403) for a model that exists but is not for this key."""
-    if not key.may_use(model):
-        allowed = ", ".join(key.models or ())
-        raise ApiError(
-            403,
-            f"The key {key.name!r} may not use the model {model!r}; it may use: {allowed}",
-            kind="permission_error",
-            param="model",
-            code="model_not_allowed",
-        )

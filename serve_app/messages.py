@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import AsyncGenerator, Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Request
 from pydantic import BeforeValidator, Field
@@ -21,6 +21,7 @@ from rayseek.serve_app.answer import Answer, dump
 from rayseek.serve_app.chat import chat_answer
 from rayseek.serve_app.errors import ApiError, bad_request
 from rayseek.serve_app.generation import Choice, Piece
+from rayseek.serve_app.keys import Key
 from rayseek.serve_app.protocol import ChatRequest, parse
 from rayseek.serve_app.service import Service
 from rayseek.serve_app.strict import Several, StrictBody
@@ -116,6 +117,9 @@ class MessagesRequest(CountRequest):
     stream: bool | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
+
+
+Asked = TypeVar("Asked", bound=CountRequest)
 
 
 def _joined(texts: Iterable[TextBlock]) -> str:
@@ -340,13 +344,17 @@ def _usage(choice: Choice) -> Json:
 def add_messages(app: FastAPI, service: Service) -> None:
     settings = service.settings
 
+    async def asked(request: Request, kind: type[Asked]) -> tuple[Key, Asked, ChatRequest]:
+        credentials = request.headers.get("authorization"), request.headers.get("x-api-key")
+        key = service.keys.check(*credentials)
+        body = parse(kind, await read_json(request, settings.body_limit_bytes))
+        service.check_model(key, body.model)
+        return key, body, to_chat(body)
+
     async def messages(request: Request) -> Response:
         """Anthropic's Messages API."""
         try:
-            key = service.keys.check(*_credentials(request))
-            body = parse(MessagesRequest, await read_json(request, settings.body_limit_bytes))
-            service.check_model(key, body.model)
-            chat = to_chat(body)
+            key, body, chat = await asked(request, MessagesRequest)
             with service.admitted(key) as lease:
                 engine = service.engine(lease)
                 answer = await chat_answer(chat, settings, service.tokenizer, engine)
@@ -360,10 +368,7 @@ def add_messages(app: FastAPI, service: Service) -> None:
     async def count_tokens(request: Request) -> Response:
         """How many tokens a Messages request's prompt has."""
         try:
-            key = service.keys.check(*_credentials(request))
-            body = parse(CountRequest, await read_json(request, settings.body_limit_bytes))
-            service.check_model(key, body.model)
-            chat = to_chat(body)
+            key, _, chat = await asked(request, CountRequest)
             with service.admitted(key) as lease:
                 answer = await chat_answer(chat, settings, service.tokenizer, service.watched)
                 lease.release()
@@ -374,7 +379,3 @@ def add_messages(app: FastAPI, service: Service) -> None:
     for root in ROOTS:
         app.post(root, include_in_schema=False)(messages)
         app.post(f"{root}/count_tokens", include_in_schema=False)(count_tokens)
-
-
-def _credentials(request: Request) -> tuple[str | None, str | None]:
-    return request.headers.get("authorization"), request.headers.get("x-api-key")

@@ -14,7 +14,6 @@ import hashlib
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
@@ -138,14 +137,11 @@ def add_pages(app: FastAPI, settings: ApiSettings, keys: KeyRing, about: str) ->
         text = about.format(model=settings.model, base=str(request.base_url).rstrip("/"))
         return PlainTextResponse(text, headers={"Vary": "Accept"})
 
-    async def chat(request: Request) -> Response:
-        return files["chat.html"].response(request, "no-cache")
+    def add_page(name: str) -> None:
+        async def page(request: Request) -> Response:
+            return files[f"{name}.html"].response(request, "no-cache")
 
-    async def cluster(request: Request) -> Response:
-        return files["cluster.html"].response(request, "no-cache")
-
-    async def docs(request: Request) -> Response:
-        return files["docs.html"].response(request, "no-cache")
+        app.get(f"/{name}", include_in_schema=False)(page)
 
     async def static(request: Request, asked: str, name: str) -> Response:
         if name not in files or name.endswith(".html"):
@@ -159,9 +155,8 @@ def add_pages(app: FastAPI, settings: ApiSettings, keys: KeyRing, about: str) ->
         })  # fmt: skip
 
     app.get("/", include_in_schema=False)(overview)
-    app.get("/chat", include_in_schema=False)(chat)
-    app.get("/cluster", include_in_schema=False)(cluster)
-    app.get("/docs", include_in_schema=False)(docs)
+    for name in ("chat", "cluster", "docs"):
+        add_page(name)
     app.get("/static/{asked}/{name:path}", include_in_schema=False)(static)
     app.get("/pages/info", include_in_schema=False)(info)
 
@@ -182,9 +177,7 @@ def _info(request: Request, settings: ApiSettings, keys: KeyRing) -> dict[str, o
         "default_output_tokens": settings.default_output_tokens,
         "temperature_mapping": settings.temperature_mapping,
         "public_url": settings.public_url,
-        "system_prompt": default_system_prompt(
-            settings.page_system_prompt, datetime.now(UTC), settings.time_zone
-        ),
+        "system_prompt": default_system_prompt(settings.page_system_prompt, settings.today()),
         "signed_in": signed_in,
         "local": local,
         "key": settings.local_key if local else None,

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date
 from typing import Any, Literal
-from zoneinfo import ZoneInfo
 
 from rayseek.serve_app.errors import bad_request
 from rayseek.serve_app.tokenizer import Control, Prompt
@@ -115,13 +114,10 @@ def render_chat(
     return out.prompt()
 
 
-def default_system_prompt(choice: str, now: datetime, time_zone: str) -> str | None:
-    """What the operator chose (spec 6.2): `none`, `deepseek`, or a text of their own.
-
-    `now` must know its zone; DeepSeek's prompt has the day that it is in `time_zone`.
-    """
+def default_system_prompt(choice: str, today: date) -> str | None:
+    """What the operator chose (spec 6.2): `none`, `deepseek`, or a text of their own."""
     if choice == "deepseek":
-        return system_prompt(now.astimezone(ZoneInfo(time_zone)).date())
+        return system_prompt(today)
     return None if choice == "none" else choice
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from rayseek.serve_app.engine_port import Engine
 from rayseek.serve_app.errors import ApiError
 from rayseek.serve_app.fairness import FairEngine
-from rayseek.serve_app.keys import Key, KeyRing, check_model
+from rayseek.serve_app.keys import Key, KeyRing
 from rayseek.serve_app.limits import Lease, Limiter
 from rayseek.serve_app.observer import Observer
 from rayseek.serve_app.readiness import Readiness, WatchedEngine
@@ -63,7 +63,15 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
-        check_model(key, name)
+        if not key.may_use(name):
+            allowed = ", ".join(key.models or ())
+            raise ApiError(
+                403,
+                f"The key {key.name!r} may not use the model {name!r}; it may use: {allowed}",
+                kind="permission_error",
+                param="model",
+                code="model_not_allowed",
+            )
 
     @contextlib.contextmanager
     def admitted(self, key: Key) -> Iterator[Lease]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Literal
 from zoneinfo import ZoneInfo
@@ -46,9 +46,9 @@ class ApiSettings:
         if not self.api_keys and self.key_file is None:
             raise ValueError("neither api_keys nor a key file: the API would answer nobody")
 
-    def today(self) -> date:
-        """The day it is where the model's users are."""
-        return datetime.now(ZoneInfo(self.time_zone)).date()
+    def today(self, now: datetime | None = None) -> date:
+        """The day it is where the model's users are. now: other than now; it knows its zone."""
+        return (now or datetime.now(UTC)).astimezone(ZoneInfo(self.time_zone)).date()
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rayseek.cluster.config import Config, load_config
+from rayseek.model.config import ModelConfig
 from rayseek.model.shipped import SHIPPED
 from rayseek.serve_app.local import Running, StartError, check_port, running
 
@@ -52,17 +53,15 @@ def served_model(config: Config) -> Path:
     return SHIPPED if config.model.path is None else config.model.path.absolute()
 
 
-def made_model(path: Path, config: object) -> Path:
+def made_model(path: Path, config: ModelConfig) -> Path:
     """A random checkpoint of this config at `path`; several processes may ask for it at once."""
-    from rayseek.model.config import ModelConfig
     from rayseek.model.maker import make_checkpoint
 
-    assert isinstance(config, ModelConfig)
     if not path.exists():
         print(f"Making a random-weight model in {path} (once) ...", flush=True)
         try:
             make_checkpoint(path, config)
-        except (FileExistsError, OSError):
+        except OSError:
             if not path.exists():
                 raise
     return path

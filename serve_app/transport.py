@@ -11,25 +11,14 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from rayseek.serve_app.errors import ApiError, as_api_error, bad_request
 from rayseek.serve_app.limits import Lease
+from rayseek.serve_app.tokenizer import without_surrogates
 
 KEEP_ALIVE = b": keep-alive\n\n"
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-class AnyCaseMethod:
-    """Let `Post` be POST: methods are case-sensitive, and a published sample sends `Post`."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not scope["method"].isupper():
-            scope = {**scope, "method": scope["method"].upper()}
-        await self._app(scope, receive, send)
 
 
 async def read_json(request: Request, limit_bytes: int) -> Any:
@@ -47,7 +36,7 @@ def parse_json(text: str, what: str, param: str | None = None) -> Any:
     """The value, strings free of lone surrogates. Raises ApiError (400): `what` is not JSON."""
     try:
         data = json.loads(text)
-        return _without_surrogates(data) if ESCAPED_SURROGATE.search(text) else data
+        return _clean(data) if ESCAPED_SURROGATE.search(text) else data
     except RecursionError:
         raise bad_request(f"{what} is JSON that is nested too deeply", param=param) from None
     except ValueError as error:
@@ -70,13 +59,13 @@ async def _read_body(request: Request, limit_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-def _without_surrogates(value: Any) -> Any:
+def _clean(value: Any) -> Any:
     if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return without_surrogates(value)
     if isinstance(value, list):
-        return [_without_surrogates(item) for item in value]
+        return [_clean(item) for item in value]
     if isinstance(value, dict):
-        return {_without_surrogates(k): _without_surrogates(v) for k, v in value.items()}
+        return {_clean(k): _clean(v) for k, v in value.items()}
     return value
 
 

@@ -385,7 +385,7 @@ def test_every_integer_is_refused_or_reaches_a_rank(
 
 def scope_of(key: str) -> dict[str, Any]:
     return {
-        "type": "http", "method": "Post", "path": CHAT, "raw_path": CHAT.encode(),
+        "type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(),
         "headers": [(b"authorization", f"Bearer {key}".encode())],
         "query_string": b"", "root_path": "", "scheme": "http", "server": ("test", 80),
         "client": ("test", 1), "http_version": "1.1", "asgi": {"version": "3.0"},

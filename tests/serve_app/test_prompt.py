@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from rayseek.serve_app.prompt import (
     render_chat,
     render_fim,
 )
+from rayseek.serve_app.settings import ApiSettings
 from rayseek.serve_app.tokenizer import Control, Prompt, Tokenizer
 
 NAMES = [control.value for control in Control]
@@ -252,7 +253,7 @@ def test_prefix_after_tool_results_follows_them_directly() -> None:
 
 
 @pytest.mark.parametrize(
-    ("now", "zone", "date"),
+    ("now", "zone", "day"),
     [
         (datetime(2025, 3, 24, 3, tzinfo=UTC), "Asia/Shanghai", "3月24日，星期一"),  # the card's
         (datetime(2025, 3, 23, 15, 59, tzinfo=UTC), "Asia/Shanghai", "3月23日，星期日"),
@@ -263,14 +264,15 @@ def test_prefix_after_tool_results_follows_them_directly() -> None:
     ],
 )
 def test_deepseeks_system_prompt_has_the_day_of_its_zone(
-    now: datetime, zone: str, date: str
+    now: datetime, zone: str, day: str
 ) -> None:
-    assert default_system_prompt("deepseek", now, zone) == (
-        f"该助手为DeepSeek Chat，由深度求索公司创造。\n今天是{date}。"
+    today = ApiSettings("m", 4096, ("sk",), time_zone=zone).today(now)
+    assert default_system_prompt("deepseek", today) == (
+        f"该助手为DeepSeek Chat，由深度求索公司创造。\n今天是{day}。"
     )
 
 
 def test_operators_own_system_prompt_or_none() -> None:
-    now = datetime.now(UTC)
-    assert default_system_prompt("none", now, "UTC") is None
-    assert default_system_prompt("Today is {date}.", now, "UTC") == "Today is {date}."
+    today = date(2025, 3, 24)
+    assert default_system_prompt("none", today) is None
+    assert default_system_prompt("Today is {date}.", today) == "Today is {date}."

@@ -191,6 +191,7 @@ def running(
     from rayseek.serve_app.deploy import APP_NAME, build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the user is told what matters
+    terminated = signal.getsignal(signal.SIGTERM)
     try:
         context: Any = ray.init(
             address="local",
@@ -203,6 +204,8 @@ def running(
             logging_level=logging.WARNING,
             _temp_dir=str(folder / "ray"),
         )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminated)  # by Ray's, this would end without its end
         gcs_address = context.address_info["gcs_address"]
         for _ in range(nodes - 1):
             add_node(gcs_address)

@@ -105,18 +105,14 @@ def sample(logits_RV: Tensor, draws: list[Draw]) -> list[int]:
         return list(map(int, draw(logits_RV, draws).tolist()))
     noisy = [r for r, draw in enumerate(draws) if not draw.greedy]
     if noisy:
-        rows = logits_RV if len(noisy) == len(draws) else logits_RV[noisy]
-        rows = rows / torch.tensor([[draws[r].temperature] for r in noisy])
+        rows = logits_RV[noisy] / torch.tensor([[draws[r].temperature] for r in noisy])
         for i, r in enumerate(noisy):
             if (d := draws[r]).filtered:
                 rows[i].masked_fill_(~keep_mask(rows[i], d.top_k, d.top_p, d.min_p), -torch.inf)
         rows += gumbel_noise(
             [noise_key(draws[r].seed, draws[r].position) for r in noisy], rows.shape[1]
         )
-        if len(noisy) == len(draws):
-            logits_RV = rows
-        else:
-            logits_RV[noisy] = rows
+        logits_RV[noisy] = rows
     return logits_RV.argmax(dim=1).tolist()
 
 

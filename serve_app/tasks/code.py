@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from random import Random
 
 from rayseek.serve_app.tasks.asking import chat, phrase
 from rayseek.serve_app.tasks.example import Answer, Chat, Judge, Language, Task, is_held_out
 from rayseek.serve_app.tasks.functions import KINDS, Function, same_results, write
 from rayseek.serve_app.tasks.judging import unfenced
+from rayseek.serve_app.tasks.wording import wordings_of
 
-Wordings = Mapping[Language, tuple[str, ...]]
-_NAMED: Wordings = {
-    "en": (
-        "(write|create|give me|make) a (Python|python) function {head} that {does}.",
-        "(write|create|define) the (Python|) function {head}. It {does}.",
-        "implement {head} in Python. It {does}.",
-    ),
-    "zh": (
-        "(写|编写|给我|实现)一个Python函数{head}，{does}。",
-        "用Python(写|实现)函数{head}，{does}。",
-    ),
-}
-_UNNAMED: Wordings = {
-    "en": (
-        "(write|create|give me|make|show me) a (Python|small Python|simple Python) function that "
-        "{does}.",
-        "(write|create) a function in Python that {does}.",
-        "I need a Python function that {does}.",
-        "Python function that {does}.",
-    ),
-    "zh": (
-        "(写|编写|给我|实现)一个Python函数，{does}。",
-        "用Python写一个函数，{does}。",
-        "我需要一个Python函数，{does}。",
-    ),
-}
+_WORDINGS = wordings_of(__file__)
 # Of kinds that are described alike, the first is the answer where no name tells them apart.
 _DESCRIBED = tuple({kind.says["en"].template: kind for kind in reversed(KINDS)}.values())
 
@@ -68,11 +43,11 @@ def _code(random: Random, language: Language) -> Chat:
     does = _does(function.says, language)
     if named:
         key = function.source
-        wordings = _NAMED[language]
+        wordings = _WORDINGS["named"][language]
     else:
-        which = random.randrange(len(_UNNAMED[language]))
+        which = random.randrange(len(_WORDINGS["unnamed"][language]))
         key = f"{does}|{which}"
-        wordings = _UNNAMED[language][which : which + 1]
+        wordings = _WORDINGS["unnamed"][language][which : which + 1]
     head = function.head.removeprefix("def ").removesuffix(":")
     return chat(
         random,

@@ -6,77 +6,16 @@ What a model of a few layers can not see at once, the answer goes through one by
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from random import Random
 
 from rayseek.serve_app.tasks.asking import chat, phrase
 from rayseek.serve_app.tasks.example import Chat, Language, Task
 from rayseek.serve_app.tasks.judging import lists_numbers, says_number
+from rayseek.serve_app.tasks.wording import Wordings, wordings_of
 from rayseek.serve_app.tasks.words import ANIMALS, COLOURS, FOODS, OBJECTS
 
-Wordings = Mapping[Language, tuple[str, ...]]
-_ITEMS: Wordings = {
-    "en": (
-        "how many (items|things|elements|entries) are (in this list|in the list|here|listed)"
-        "(:|?) {items}",
-        "how many (items|things) does this list have: {items}?",
-        "count (the items|the items in this list|these|these items): {items}",
-        "(what is the length|how long is the list) of {items}?",
-        "how many (words|items) are there: {items}?",
-    ),
-    "zh": (
-        "(这个列表里|列表里|列表中|这里)(有|一共有)(几|多少)(个|项)：{items}",
-        "(数一数|数一下|数数)(有几个|这里有几个|一共有几个)：{items}",
-        "{items}，(一共有|这里有|一共)(几个|多少个)？",
-    ),
-}
-_TIMES: Wordings = {
-    "en": (
-        "how many times does {item} (appear|occur|come) in (this list|the list|this)(:|?) {items}",
-        "how often does {item} (appear|occur) in {items}?",
-        "count {item} in (this list|the list|)(:|) {items}",
-        "how many {item} are in (this list|the list)(:|?) {items}",
-        "count how many times {item} (appears|occurs): {items}",
-    ),
-    "zh": (
-        "{items}(里|中|里面)有(几个|多少个){item}？",
-        "(下面|列表里|这里)有(几个|多少个){item}：{items}",
-        "{item}(出现了几次|出现了多少次|出现几次)：{items}",
-        "数一下{item}(出现了几次|的个数)：{items}",
-    ),
-}
-_PHRASE: Wordings = {
-    "en": (
-        "how many words are in (this|the) (sentence|phrase)(:|?) {items}",
-        "count the words(:| in this:| in the phrase:) {items}",
-        'how many words does "{items}" have?',
-    ),
-    "zh": ("这句话有几个单词：{items}", "“{items}”有几个单词？", "数一数有几个单词：{items}"),
-}
-_LETTERS: Wordings = {
-    "en": (
-        "how many ({letter}'s|{letter}) are (there |)in (the word |){word}?",
-        "how (often|many times) does (the letter |){letter} (appear|occur) in (the word |){word}?",
-        "count the letter {letter} in {word}.",
-    ),
-    "zh": (
-        "{word}里有几个{letter}？",
-        "{word}中字母{letter}出现了几次？",
-        "数一下{word}里的{letter}。",
-    ),
-}
-_RANGE: Wordings = {
-    "en": (
-        "count from {a} to {b}.",
-        "(count|list the numbers|list all numbers|write the numbers) from {a} to {b}.",
-        "(count up|count) from {a} to {b}.",
-    ),
-    "zh": ("从{a}数到{b}。", "(写出|列出)从{a}到{b}的(数|数字|整数)。", "数数，从{a}到{b}。"),
-}
-_DOWN: Wordings = {
-    "en": ("count (down|backwards|back) from {a} to {b}.", "count from {a} down to {b}."),
-    "zh": ("从{a}倒数到{b}。", "倒着数，从{a}到{b}。"),
-}
+_WORDINGS = wordings_of(__file__)
 _SMALL_WORDS = "the a my one this that every some no any old big small new good"
 _VERBS = "sees likes has wants finds buys takes makes sells keeps"
 _FILLERS, _ACTS = _SMALL_WORDS.split(), _VERBS.split()
@@ -106,7 +45,8 @@ def shown_list(random: Random, language: Language, items: list[str]) -> str:
 def _count_items(random: Random, language: Language) -> Chat:
     table = _NUMBERS if random.random() < 0.25 else _VOCABULARY[language]
     items = random.sample(table, random.randint(1, 9))
-    text = phrase(random, language, _ITEMS[language], items=shown_list(random, language, items))
+    shown = shown_list(random, language, items)
+    text = phrase(random, language, _WORDINGS["items"][language], items=shown)
     count = len(items)
     answer = f"There {'is 1 item' if count == 1 else f'are {count} items'}."
     return chat(
@@ -126,13 +66,8 @@ def _count_one(random: Random, language: Language) -> Chat:
     total = max(count + 1, random.randint(count + 1, count + 4))
     items = [item] * count + [random.choice(others) for _ in range(total - count)]
     random.shuffle(items)
-    text = phrase(
-        random,
-        language,
-        _TIMES[language],
-        item=item,
-        items=shown_list(random, language, items),
-    )
+    shown = shown_list(random, language, items)
+    text = phrase(random, language, _WORDINGS["times"][language], item=item, items=shown)
     times = "1 time" if count == 1 else f"{count} times"
     said = f"{item} appears {times}." if language == "en" else f"{item}出现了{count}次。"
     return chat(
@@ -169,7 +104,7 @@ def _count_words(random: Random, language: Language) -> Chat:
         random,
         language,
         key=f"words|{shown}",
-        text=phrase(random, language, _PHRASE[language], items=shown),
+        text=phrase(random, language, _WORDINGS["phrase"][language], items=shown),
         answer=f"There are {count} words." if language == "en" else f"一共有{count}个单词。",
         judge=says_number(count),
     )
@@ -186,7 +121,7 @@ def _count_letter(random: Random, language: Language) -> Chat:
         random,
         language,
         key=f"letter {letter}|{word}",
-        text=phrase(random, language, _LETTERS[language], letter=letter, word=word),
+        text=phrase(random, language, _WORDINGS["letters"][language], letter=letter, word=word),
         answer=f"{spelled}: {times if language == 'en' else f'{letter}出现了{count}次。'}",
         judge=says_number(count),
     )
@@ -195,15 +130,15 @@ def _count_letter(random: Random, language: Language) -> Chat:
 def _count_up(random: Random, language: Language) -> Chat:
     low = random.choice((0, 1, 1, 1, random.randint(0, 12), random.randint(0, 90)))
     values = list(range(low, low + random.randint(3, 9)))
-    down = random.random() < 0.35
-    if down:
+    kind = "range"
+    if random.random() < 0.35:
+        kind = "down"
         values.reverse()
-    wordings = _DOWN if down else _RANGE
     return chat(
         random,
         language,
         key=f"{values[0]} to {values[-1]}",
-        text=phrase(random, language, wordings[language], a=values[0], b=values[-1]),
+        text=phrase(random, language, _WORDINGS[kind][language], a=values[0], b=values[-1]),
         answer=", ".join(map(str, values)),
         judge=lists_numbers(values),
     )

@@ -14,8 +14,8 @@ from random import Random
 from rayseek.serve_app.tasks.asking import SYSTEM_PROMPTS, chat, phrase
 from rayseek.serve_app.tasks.example import Answer, Chat, Judge, Language, Task
 from rayseek.serve_app.tasks.judging import chooses, numbers_in, says_number, says_yes
+from rayseek.serve_app.tasks.wording import Wordings, wordings_of
 
-Wordings = Mapping[Language, tuple[str, ...]]
 _DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
 _MONTHS = "January February March April May June July August September October November December"
 DAYS: Wordings = {
@@ -26,97 +26,9 @@ MONTHS: Wordings = {
     "en": tuple(_MONTHS.split()),
     "zh": tuple(f"{number}月" for number in range(1, 13)),
 }
+_WORDINGS = wordings_of(__file__)
 _LENGTHS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
-_LATER: Wordings = {
-    "en": (
-        "(what|which) day (is it|is|comes|will it be) {n} days after {day}?",
-        "(today is|it is|it's) {day}. (what|which) day (is it|will it be) in {n} days?",
-        "if (today is|it is) {day}, (what|which) day (is it|will it be) in {n} days?",
-        "{day} plus {n} days is (what|which) day?",
-    ),
-    "zh": (
-        "{day}(之后|过|再过){n}天是星期几？",
-        "今天是{day}，{n}天(后|以后|之后)是星期几？",
-        "(如果|要是)今天是{day}，(再过|过){n}天是星期几？",
-    ),
-}
-_EARLIER: Wordings = {
-    "en": (
-        "(what|which) day (is|comes|was it) {n} days before {day}?",
-        "(today is|it is) {day}. (what|which) day was it {n} days ago?",
-    ),
-    "zh": ("{day}的{n}天前是星期几？", "今天是{day}，{n}天(前|以前|之前)是星期几？"),
-}
-_NEXT_DAY: Wordings = {
-    "en": (
-        "(what|which) day (comes|is) (right |)after {day}?",
-        "(today is|it is) {day}. (what|which) day is (it |)tomorrow?",
-        "if today is {day}, (what|which) day is tomorrow?",
-        "what is the (day after|next day after) {day}?",
-        "what comes after {day}?",
-    ),
-    "zh": (
-        "{day}的(后一天|第二天)是星期几？",
-        "今天是{day}，明天是星期几？",
-        "{day}之后是星期几？",
-    ),
-}
-_DAY_BEFORE: Wordings = {
-    "en": (
-        "(what|which) day (comes|is) (right |)before {day}?",
-        "(today is|it is) {day}. (what|which) day was (it |)yesterday?",
-        "if today is {day}, (what|which) day was yesterday?",
-        "what is the day before {day}?",
-        "what comes before {day}?",
-    ),
-    "zh": ("{day}的前一天是星期几？", "今天是{day}，昨天是星期几？", "{day}之前是星期几？"),
-}
-_NEXT_MONTH: Wordings = {
-    "en": (
-        "(what|which) month (comes|is) (right |)after {month}?",
-        "what is the (month after|next month after) {month}?",
-        "it is {month}. (what|which) month (is|comes) next?",
-    ),
-    "zh": ("{month}的下一个月是几月？", "现在是{month}，下个月是几月？", "{month}之后是几月？"),
-}
-_MONTH_BEFORE: Wordings = {
-    "en": (
-        "(what|which) month (comes|is) (right |)before {month}?",
-        "what is the month before {month}?",
-        "it is {month}. (what|which) month was it last month?",
-    ),
-    "zh": ("{month}的上一个月是几月？", "现在是{month}，上个月是几月？", "{month}之前是几月？"),
-}
-_LENGTH: Wordings = {
-    "en": (
-        "how many days (does {month} have|are in {month}|are there in {month})?",
-        "how (long is|many days has) {month}?",
-        "{month} has how many days?",
-        "(tell me|do you know) how many days {month} has?",
-    ),
-    "zh": ("{month}有(几天|多少天)？", "{month}一共有(几天|多少天)？", "{month}的天数是多少？"),
-}
-_DATE: Wordings = {
-    "en": (
-        "today is {date}. (what is the date|what date is it|what is the date going to be) {later}?",
-        "(today is|it is) {date}. what (is|will be) the date {later}?",
-        "if today is {date}, what (date is it|is the date) {later}?",
-        "(what|which) date is {after} {date}?",
-    ),
-    "zh": (
-        "今天是{date}，{later}是(几月几日|哪一天|几号)？",
-        "如果今天是{date}，{later}是(几月几日|哪一天|几号)？",
-    ),
-}
-_DATE_KNOWN: Wordings = {
-    "en": (
-        "(what is the date|what date is it) {later}?",
-        "what (will be|is) the date {later}?",
-        "(tell me|give me) the date {later}.",
-    ),
-    "zh": ("{later}是(几月几日|哪一天|几号)？", "{later}的日期是什么？"),
-}
 # Days from today, said as a day and as a distance.
 _DISTANCES: Mapping[Language, tuple[tuple[int, str, str], ...]] = {
     "en": (
@@ -128,14 +40,6 @@ _DISTANCES: Mapping[Language, tuple[tuple[int, str, str], ...]] = {
         (-1, "yesterday", "the day before"),
     ),
     "zh": ((1, "明天", ""), (1, "明天", ""), (2, "后天", ""), (3, "3天后", ""), (-1, "昨天", "")),
-}
-_LEAP: Wordings = {
-    "en": (
-        "(is|was) {year} a leap year?",
-        "is the year {year} a leap year?",
-        "(does|did) the year {year} have 366 days?",
-    ),
-    "zh": ("{year}年是闰年吗？", "{year}年是不是闰年？"),
 }
 
 
@@ -151,7 +55,7 @@ def _weekday(random: Random, language: Language) -> Chat:
     back = random.random() < 0.25
     days = DAYS[language]
     right = days[(start + (-n if back else n)) % 7]
-    wordings = _EARLIER if back else _LATER
+    wordings = _WORDINGS["earlier" if back else "later"][language]
     passed = [days[(start + (-i if back else i)) % 7] for i in range(1, n % 7 + 1)]
     steps = f"{n} = {n // 7} x 7 + {n % 7}: " if n > 6 else ""
     steps += ("、" if language == "zh" else ", ").join(passed)
@@ -165,9 +69,7 @@ def _weekday(random: Random, language: Language) -> Chat:
         random,
         language,
         key=f"weekday {start}{'-' if back else '+'}{n}",
-        text=phrase(
-            random, language, wordings[language], day=_called(random, language, start), n=n
-        ),
+        text=phrase(random, language, wordings, day=_called(random, language, start), n=n),
         answer=answer,
         judge=_names_day(right, language),
     )
@@ -193,10 +95,9 @@ def _neighbour(random: Random, language: Language) -> Chat:
     names = (MONTHS if months else DAYS)[language]
     at = random.randrange(len(names))
     right = names[(at + (-1 if back else 1)) % len(names)]
-    kinds = (_NEXT_MONTH, _MONTH_BEFORE) if months else (_NEXT_DAY, _DAY_BEFORE)
-    wordings = kinds[back][language]
-    which = random.randrange(len(wordings))
     kind = "month" if months else "day"
+    wordings = _WORDINGS[f"{kind}_before" if back else f"next_{kind}"][language]
+    which = random.randrange(len(wordings))
     answer = f"The {kind} {'before' if back else 'after'} {names[at]} is {right}."
     if language == "zh":
         answer = f"{names[at]}的{'前' if back else '后'}一{'个月' if months else '天'}是{right}。"
@@ -215,13 +116,13 @@ def _neighbour(random: Random, language: Language) -> Chat:
 
 
 def _month_length(random: Random, language: Language) -> Chat:
-    month, which = random.randrange(12), random.randrange(len(_LENGTH[language]))
+    month, which = random.randrange(12), random.randrange(len(_WORDINGS["length"][language]))
     name, length = MONTHS[language][month], _LENGTHS[month]
     return chat(
         random,
         language,
         key=f"length of {name}|{which}",
-        text=phrase(random, language, _LENGTH[language][which : which + 1], month=name),
+        text=phrase(random, language, _WORDINGS["length"][language][which : which + 1], month=name),
         answer=f"{name} has {length} days." if language == "en" else f"{name}有{length}天。",
         judge=lambda answer: length in numbers_in(answer.text),
     )
@@ -233,7 +134,7 @@ def _leap_year(random: Random, language: Language) -> Chat:
     answer = f"{'Yes' if leap else 'No'}, {year} is {'' if leap else 'not '}a leap year."
     if language == "zh":
         answer = f"{'是' if leap else '不是'}，{year}年{'是' if leap else '不是'}闰年。"
-    text = phrase(random, language, _LEAP[language], year=year)
+    text = phrase(random, language, _WORDINGS["leap"][language], year=year)
     return chat(
         random, language, key=f"leap {year}", text=text, answer=answer, judge=says_yes(leap)
     )
@@ -265,14 +166,13 @@ def _date(random: Random, language: Language) -> Chat:
     right = _written(start + timedelta(distance), language)
     style = random.randrange(3)
     shown = _written(start, language)[style]
-    system = None
+    kind, system = "date", None
     if random.random() < 0.25:
+        kind = "date_known"
         system = f"Today is {shown}." if language == "en" else f"今天是{shown}。"
         if random.random() < 0.5:
             system = f"{SYSTEM_PROMPTS[language][0]} {system}"
-        wordings = _DATE_KNOWN[language]
-    else:
-        wordings = _DATE[language]
+    wordings = _WORDINGS[kind][language]
     found = re.compile(rf"(?<!\d)(?:{'|'.join(map(re.escape, right))})(?!\d)")
     return chat(
         random,

@@ -15,7 +15,7 @@ from rayseek.serve_app.tasks.asking import chat, phrase
 from rayseek.serve_app.tasks.example import Chat, Language, Task, is_held_out
 from rayseek.serve_app.tasks.judging import says_json
 from rayseek.serve_app.tasks.records import Record, records
-from rayseek.serve_app.tasks.wording import drawn
+from rayseek.serve_app.tasks.wording import drawn, wordings_of
 from rayseek.serve_app.tasks.words import (
     ANIMALS,
     COLOURS,
@@ -30,50 +30,7 @@ from rayseek.serve_app.tasks.words import (
     thing,
 )
 
-Wordings = Mapping[Language, tuple[str, ...]]
-_BY_NAME: Wordings = {
-    "en": (
-        "(extract|get|find|pull out) (the |){fields} (as|in|to) JSON: {text}",
-        "(extract|get) (the |){fields} from (this text|the text|this|this sentence) (as JSON|and "
-        "answer in JSON|as a JSON object): {text}",
-        "(extract|get) (the |){fields} from this text (as JSON|as a JSON object).\n{text}",
-        "{text} (Answer|Reply) (in|with|as) JSON with (the keys|the fields|keys) {fields}.",
-        "{text}\n(Return|Give me|Output) (a JSON object|JSON) with {fields}.",
-        "(make|create|write) (a JSON object|JSON) with (the keys |){fields} from: {text}",
-        "(parse|turn|convert) (this|the text) (to|into) JSON (|with the fields )({fields}): {text}",
-        "json with {fields}: {text}",
-    ),
-    "zh": (
-        "(提取|从文中提取|找出){fields}，(用JSON回答|输出JSON|以JSON格式输出|返回JSON)：{text}",
-        "{text}(请|)(用JSON|以JSON格式)(给出|输出|返回){fields}。",
-        "{text}\n(输出|返回)JSON，(字段|键)为{fields}。",
-        "把(这句话|下面的话)(转成|变成|转换成)JSON，字段为{fields}：{text}",
-    ),
-}
-_BY_FORM: Wordings = {
-    "en": (
-        "(answer|reply|respond) (with|in) JSON (like|of the form|in this format) {form}: {text}",
-        "(fill in|fill) this JSON(|:) {form}\n{text}",
-        "{text}\n(Answer|Reply) (with|in) JSON (in this format|like this): {form}",
-    ),
-    "zh": ("(按照|用)这个(格式|形式)输出JSON：{form}\n{text}", "{text}\n填写这个JSON：{form}"),
-}
-_BY_SCHEMA: Wordings = {
-    "en": (
-        "{text}\n(Answer|Reply) with JSON (matching|for|that follows) this schema: {form}",
-        "(extract|answer in) JSON (matching|by|with) this schema: {form}\n{text}",
-    ),
-    "zh": ("{text}\n按这个JSON schema回答：{form}", "按照这个schema提取JSON：{form}\n{text}"),
-}
-_SYSTEM: Wordings = {
-    "en": (
-        "(Extract|Return|Output) {fields} (from the text of the user |)as JSON.",
-        "(Answer|Reply) only (with|in) JSON with (the keys|the fields) {fields}.",
-        "(You extract data|You turn text into JSON). (Fields|Keys): {fields}. (Output|Answer) in "
-        "JSON only.",
-    ),
-    "zh": ("从用户的文字中提取{fields}，以JSON格式输出。", "只用JSON回答，字段为{fields}。"),
-}
+_WORDINGS = wordings_of(__file__)
 # The guide's own words, with its line breaks and the blanks at their ends.
 _GUIDE = (
     "The user will provide some {what}. Please parse the {fields} and output them in JSON format. "
@@ -83,18 +40,6 @@ _GUIDE_ZH = (
     "用户会提供一段文字。请解析{fields}，并以JSON格式输出。\n\n"
     "输入示例：\n{text}\n\nJSON输出示例：\n{form}"
 )
-_LISTS: Wordings = {
-    "en": (
-        '(make|create|write) (a JSON object|JSON) with (the key |a key |)"{key}" (listing|and the '
-        "list|as a list of|containing)(:|) {items}",
-        "(put|write) {items} (in|into) a JSON (array|list) under (the key |){key}.",
-        "(as JSON with|JSON with) the key {key}: {items}",
-    ),
-    "zh": (
-        "(把|将){items}(写成|放进)JSON列表，键为{key}。",
-        "用JSON表示，键是{key}，值是列表：{items}",
-    ),
-}
 _KNOWN: Mapping[Language, tuple[tuple[str, str], ...]] = {
     "en": (
         ("Which is the highest mountain in the world?", "Mount Everest"),
@@ -109,25 +54,6 @@ _KNOWN: Mapping[Language, tuple[tuple[str, str], ...]] = {
         ("世界上最高的山是哪座？", "珠穆朗玛峰"),
         ("世界上最长的河是哪条？", "尼罗河"),
         ("中国的首都是哪里？", "北京"),
-    ),
-}
-_QUESTIONS: Wordings = {
-    "en": (
-        "What is the (capital|largest city|oldest town) of {place}?",
-        "Who (wrote|painted|bought|found) the {colour} {thing}?",
-        "Which is the (highest|longest|oldest|largest|smallest) (mountain|river|lake|bridge|tower)"
-        " in (the world|{place})?",
-        "What (color|colour) is the {thing} of {name}?",
-        "Where does {name} (live|work)?",
-        "What does {name} like (to eat|best)?",
-        "Who is the (king|queen|teacher|neighbour|owner) of {place}?",
-    ),
-    "zh": (
-        "{place}的首都是哪里？",
-        "{place}最(高|大|老|长)的(山|河|桥|湖)是什么？",
-        "{name}住在哪里？",
-        "{name}的{thing}是什么颜色？",
-        "{name}最喜欢吃什么？",
     ),
 }
 _BLANK: Mapping[type, object] = {str: "", int: 0, float: 0, bool: False, list: []}
@@ -201,18 +127,18 @@ def _extract(random: Random, language: Language) -> Chat:
     ((made, text),) = records(random, language, 1)
     asked = _asked(random, made)
     fields = _named(random, list(asked), language)
-    roll, system = random.random(), None
+    roll = random.random()
     if roll < 0.5:
-        question = phrase(random, language, _BY_NAME[language], fields=fields, text=text)
+        kind, shown = "by_name", {"fields": fields}
     elif roll < 0.65:
-        form = _form(random, asked)
-        question = phrase(random, language, _BY_FORM[language], form=form, text=text)
+        kind, shown = "by_form", {"form": _form(random, asked)}
     elif roll < 0.75 and len(asked) < 4:
-        question = phrase(random, language, _BY_SCHEMA[language], form=_schema(asked), text=text)
+        kind, shown = "by_schema", {"form": _schema(asked)}
     else:
-        question = text
-        system = drawn(random, random.choice(_SYSTEM[language])).format(fields=fields)
-    return _reply(random, language, asked, question, system)
+        system = drawn(random, random.choice(_WORDINGS["system"][language])).format(fields=fields)
+        return _reply(random, language, asked, text, system)
+    question = phrase(random, language, _WORDINGS[kind][language], text=text, **shown)
+    return _reply(random, language, asked, question, None)
 
 
 def _by_example(random: Random, language: Language) -> Chat:
@@ -227,7 +153,7 @@ def _by_example(random: Random, language: Language) -> Chat:
 def _question(random: Random, language: Language) -> tuple[str, str]:
     if random.random() < 0.15:
         return random.choice(_KNOWN[language][1:])  # the first is the example
-    asked = drawn(random, random.choice(_QUESTIONS[language])).format(
+    asked = drawn(random, random.choice(_WORDINGS["questions"][language])).format(
         place=invented_name(random, language) if random.random() < 0.6 else city(random, language),
         name=name(random, language),
         colour=random.choice(COLOURS[language]),
@@ -264,7 +190,7 @@ def _list(random: Random, language: Language) -> Chat:
     if random.random() < 0.3:
         key = invented(random)
     shown = ", ".join(map(str, items))
-    text = phrase(random, language, _LISTS[language], key=key, items=shown)
+    text = phrase(random, language, _WORDINGS["lists"][language], key=key, items=shown)
     return _reply(random, language, {key: items}, text, None)
 
 

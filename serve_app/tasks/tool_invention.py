@@ -12,75 +12,15 @@ from random import Random
 from rayseek.serve_app.tasks.example import Language
 from rayseek.serve_app.tasks.tool_specs import LANGUAGES, Parameter, Spec, kept
 from rayseek.serve_app.tasks.tool_values import Value
-from rayseek.serve_app.tasks.wording import drawn
+from rayseek.serve_app.tasks.wording import drawn, wordings_of
 from rayseek.serve_app.tasks.words import OBJECTS, capitalised, invented, invented_name
 
 _VERBS = ("get", "find", "set", "start", "run", "check", "make", "load", "count", "send", "do")
 _NOUNS = ("size", "level", "owner", "title", "mode", "color", "amount", "key", "value", "target")
 _KINDS = ("word", "word", "thing", "city", "name", "small", "percent", "code", "flag", "pick")
 
-_CALLS: Mapping[Language, tuple[str, ...]] = {
-    "en": (
-        "(call|use|run|please call|execute|try|invoke) {fn} with {list}",
-        "(call|use|run|execute|invoke) {fn}: {list}",
-        "{fn} {list}",
-        "(can you|could you|I want you to) (call|run|use) {fn} with {list}",
-        "I need {fn} with {list}",
-        "(call|run|use) the (function|tool) {fn} with {list}",
-        "(call|run|use) {fn} where {list}",
-    ),
-    "zh": (
-        "(调用|使用|运行|请调用|执行)(函数|工具|){fn}，{list}",
-        "用{fn}，{list}",
-        "{fn} {list}",
-        "(帮我|请)(调用|运行|执行){fn}，参数{list}",
-    ),
-}
-_PLAIN_CALLS: Mapping[Language, tuple[str, ...]] = {
-    "en": (
-        "(call|use|run|please call|execute|I need|invoke) {fn}",
-        "(do|make) a {fn} call",
-        "{fn}",
-    ),
-    "zh": ("(调用|使用|运行|请调用|执行)(函数|工具|){fn}", "{fn}"),
-}
-_PAIRS: Mapping[Language, tuple[str, ...]] = {
-    "en": ("{n} {v}", "{n} = {v}", "{n}={v}", "{n}: {v}", "{n} is {v}", "{n} set to {v}"),
-    "zh": ("{n}为{v}", "{n}是{v}", "{n}={v}", "{n}：{v}", "{n} {v}"),
-}
+_WORDINGS = wordings_of(__file__)
 _JOINS: Mapping[Language, tuple[str, ...]] = {"en": (" and ", ", "), "zh": ("，", "，")}
-_GET: Mapping[Language, tuple[str, ...]] = {
-    "en": (
-        "(what is|what's|get|tell me|show|find|look up|check) the {noun} of {p}",
-        "{noun} of {p}",
-        "I (need|want) the {noun} of {p}",
-        "which {noun} does {p} have",
-    ),
-    "zh": ("{p}的{noun}(是多少|是什么|)", "(查一下|查询|告诉我|查找){p}的{noun}"),
-}
-_SET: Mapping[Language, tuple[str, ...]] = {
-    "en": (
-        "(set|change|put|turn) the {noun} to {p}",
-        "{noun} to {p}",
-        "I want the {noun} at {p}",
-        "make the {noun} {p}",
-    ),
-    "zh": ("(把|将){noun}(设为|改成|调到|设成){p}", "{noun}(设为|改成|调到){p}"),
-}
-_ABOUT: Mapping[str, Mapping[Language, tuple[str, ...]]] = {
-    "get": {
-        "en": ("Get the {noun} of a {what}", "Look up the {noun}", "Find the {noun} of a {what}"),
-        "zh": ("查询{noun}", "获取{noun}"),
-    },
-    "set": {
-        "en": ("Set the {noun}", "Change the {noun}", "Control the {noun}"),
-        "zh": ("设置{noun}", "修改{noun}"),
-    },
-    "call": {
-        "en": ("Does the {noun}", "Runs {noun}", "Function for {noun}", "{noun}"),
-        "zh": ("执行{noun}", "用于{noun}的函数", "{noun}"),
-    },
-}
 _SAYS: Mapping[Language, tuple[tuple[str, str], ...]] = {
     "en": (
         ("{word}", "The result is {word}."),
@@ -129,7 +69,7 @@ def _about(
     random: Random, kind: str, noun: str, what: str = ""
 ) -> Mapping[Language, tuple[str, ...]]:
     """A description in each language."""
-    texts = {n: random.choice(_ABOUT[kind][n]) for n in LANGUAGES}
+    texts = {n: random.choice(_WORDINGS[f"about {kind}"][n]) for n in LANGUAGES}
     return {n: (t.replace("{noun}", noun).replace("{what}", what),) for n, t in texts.items()}
 
 
@@ -144,10 +84,10 @@ def _by_name(random: Random, language: Language) -> Spec:
     noun = _noun(random)
     fn = _function_name(random, random.choice(_VERBS), noun)
     names = dict.fromkeys(_noun(random) for _ in range(random.choice((0, 1, 1, 2, 2, 2, 3))))
-    pair = random.choice(_PAIRS[language])
+    pair = random.choice(_WORDINGS["pairs"][language])
     pairs = (pair.replace("{n}", kept(n)).replace("{v}", f"{{{n}}}") for n in names)
     together = random.choice(_JOINS[language]).join(pairs)
-    ask = drawn(random, random.choice((_CALLS if names else _PLAIN_CALLS)[language]))
+    ask = drawn(random, random.choice(_WORDINGS["calls" if names else "plain_calls"][language]))
     wording = ask.replace("{fn}", kept(fn)).replace("{list}", together)
     parameters = {n: _parameter(random, n) for n in names}
     about = _about(random, "call", noun)
@@ -162,7 +102,7 @@ def _by_description(random: Random, language: Language) -> Spec:
     fn = _function_name(random, verb, noun)
     about = _about(random, verb, said, what)
     name = what if verb == "get" else random.choice(("value", "level", "to", noun))
-    ask = drawn(random, random.choice((_GET if verb == "get" else _SET)[language]))
+    ask = drawn(random, random.choice(_WORDINGS[verb][language]))
     wording = ask.replace("{noun}", kept(said)).replace("{p}", f"{{{name}}}")
     parameter = _parameter(random, name, numbers=verb == "set")
     many = name if verb == "get" and not parameter.choices else ""

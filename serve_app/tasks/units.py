@@ -12,8 +12,7 @@ from random import Random
 from rayseek.serve_app.tasks.asking import chat, phrase
 from rayseek.serve_app.tasks.example import Chat, Language, Task, is_held_out
 from rayseek.serve_app.tasks.judging import says_number
-
-Wordings = Mapping[Language, tuple[str, ...]]
+from rayseek.serve_app.tasks.wording import wordings_of
 
 # A unit: its long name, its short one, and the name of exactly one.
 Unit = tuple[str, str, str]
@@ -65,24 +64,7 @@ _PAIRS: Mapping[Language, tuple[tuple[str, str, int, int], ...]] = {
         ("年", "个月", 12, 12),
     ),
 }
-_WORDINGS: Wordings = {
-    "en": (
-        "how many {to} (are in|are there in|is|are|make) {n} {unit}?",
-        "(convert|change|turn) {n} {unit} (to|into) {to}.",
-        "(what is|what's|how much is) {n} {unit} in {to}?",
-        "{n} {unit} (in|to) {to}(?|)",
-        "{n} {unit} = ? {to}",
-        "how many {to} (do|does) {n} {unit} (have|make)?",
-        "express {n} {unit} in {to}.",
-    ),
-    "zh": (
-        "{n}{unit}(是|等于|有)(多少|几){to}？",
-        "{n}{unit}是多少{to}？",
-        "(把|将){n}{unit}(换算成|转换成|换成){to}。",
-        "{n} {unit} = ? {to}",
-        "{n}{unit}换算成{to}是多少？",
-    ),
-}
+_WORDINGS = wordings_of(__file__)
 _ROUND = (10, 100, 1000)  # these are asked in both directions
 
 
@@ -105,7 +87,7 @@ def _conversion(random: Random, language: Language) -> Chat:
         random,
         language,
         key=f"{larger}>{smaller}|{n}{sign}",
-        text=phrase(random, language, _WORDINGS[language], n=n, unit=asked, to=to),
+        text=phrase(random, language, _WORDINGS["conversion"][language], n=n, unit=asked, to=to),
         answer=f"{n}{space}{asked} = {n} {sign} {factor} = {value}{space}{given}",
         judge=says_number(value),
     )

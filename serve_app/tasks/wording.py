@@ -10,12 +10,17 @@ mistyped.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from random import Random
+
+import yaml
 
 from rayseek.serve_app.tasks.example import Language
 from rayseek.serve_app.tasks.words import capitalised
 
+Wordings = Mapping[Language, tuple[str, ...]]
 _Parts = tuple["str | tuple[_Parts, ...]", ...]
 _TOKEN = re.compile(r"[()|]|[^()|]+")
 _WORD = re.compile(r"(?<![\w{])[a-z]{4,}(?![\w}])", re.IGNORECASE)
@@ -76,6 +81,15 @@ def _drawn(parts: _Parts, random: Random) -> str:
 def drawn(random: Random, pattern: str) -> str:
     """One of the wordings that a pattern stands for. Alternatives are in round brackets."""
     return _drawn(_parsed(pattern), random) if "(" in pattern else pattern
+
+
+def wordings_of(module: str) -> Mapping[str, Wordings]:
+    """The patterns of a task, by their name; they are in the YAML file beside its module."""
+    text = Path(module).with_suffix(".yaml").read_text("utf-8")
+    return {
+        name: {language: tuple(patterns) for language, patterns in languages.items()}
+        for name, languages in yaml.safe_load(text).items()
+    }
 
 
 def plain(text: str) -> str:

@@ -209,9 +209,8 @@ def mla_attention(
     if not rows:
         return out
     splits = -(-page_table.shape[1] * PAGE_TOKENS // SPLIT_TOKENS)
-    parts, each = 0, rows
-    if splits > 1:
-        parts, each = splits, min(rows, max(PARTS // splits // 4, 1) * 4)
+    parts = splits if splits > 1 else 0
+    each = min(rows, max(PARTS // splits // 4, 1) * 4)  # whole fours, so that slices are aligned
     part = torch.empty(each, parts, heads, latent, dtype=q.dtype, device=q.device)
     part_lse = torch.empty(each, parts, heads, device=q.device)
     tile = {"BLOCK_H": HEADS, "PAGE": PAGE_TOKENS, "SPLIT": SPLIT_TOKENS, "num_warps": WARPS,

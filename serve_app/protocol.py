@@ -33,7 +33,7 @@ from rayseek.serve_app.prompt import Message, ToolCall
 from rayseek.serve_app.strict import Several, StrictBody, wrong
 from rayseek.serve_app.vendor_prompts import file_prompt
 
-MAX_STOPS, MAX_STOP_CHARS, MAX_BIASES = 16, 1024, 1024
+MAX_PROMPTS, MAX_STOPS, MAX_STOP_CHARS, MAX_BIASES = 1024, 16, 1024, 1024
 DEFAULT_PROMPT = "Once upon a time, "  # DeepSeek's
 INT64 = 2**63
 
@@ -74,6 +74,8 @@ def _prompts(value: object) -> object:
     if isinstance(value, list) and value:
         if all(type(item) is int for item in value):
             return [value]
+        if len(value) > MAX_PROMPTS:  # told before they are looked at
+            raise wrong(f"at most {MAX_PROMPTS} prompts are allowed, not {len(value)}")
         if all(isinstance(item, str) for item in value):
             return value
         if all(

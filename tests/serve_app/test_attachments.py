@@ -201,6 +201,8 @@ def with_file(role: str = "user", **fields: Any) -> dict[str, Any]:
         (with_file(file_data="http://a/b"), "messages[0].content", "must be a data: URL"),
         (with_file(file_data=None, file_id="file-1"), "messages[0].content", "data: URL"),
         (with_file(file_data="data:image/png;base64,SGk="), "messages[0].content", "not text"),
+        (with_file(file_data="data:" + ";" * 10**6), "messages[0].content", "must be a data: URL"),
+        (with_file(file_data="data:" + ";" * 2000 + ","), "messages[0].content", "data: URL"),
         (with_file(file_data="data:application/pdf,a"), "messages[0].content", "not text"),
         (with_file(file_data="data:text/plain;base64,=="), "messages[0].content", "base64"),
         (with_file(file_data="data:text/plain;base64,/w=="), "messages[0].content", "UTF-8"),

@@ -296,6 +296,7 @@ async def test_unknown_paths_methods_and_keys(
         {"prompt": [10**9]},
         {"prompt": [1, "a"]},
         {"prompt": ["a"] * 17},
+        {"prompt": [[0]] * 1025},
         {"prompt": [1], "suffix": "b"},
         {"prompt": "a", "suffix": "b", "echo": True},
         {"prompt": "a", "logprobs": 21},

@@ -157,6 +157,18 @@ class Manifests:
         ]
         return [pod for cell in self.cells for pod in cell.pods] + others
 
+    def in_cells(self, heads: bool = True) -> Iterator[tuple[str, Cell, Pod]]:
+        """Where, cell and pods of each group, and of the head if `heads`."""
+        for cell in self.cells:
+            for pod in cell.pods if heads else cell.groups:
+                yield f"{cell.name} {pod.name}", cell, pod
+
+    def deployments(self) -> Iterator[tuple[str, Cell, dict[str, Any]]]:
+        """Where, cell and what it says of a Serve deployment."""
+        for cell in self.cells:
+            for deployment in cell.deployments:
+                yield f"{cell.name} {deployment.get('name')}", cell, deployment
+
     def selected(self, selector: Mapping[str, Any]) -> list[Pod]:
         """The pods whose labels fit a selector's matchLabels."""
         wanted = selector.get("matchLabels", {}).items()

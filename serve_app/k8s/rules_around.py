@@ -81,23 +81,19 @@ def operator_reaches_head(all_: Manifests) -> Iterator[Finding]:
     """It submits the Serve config over HTTP: without this, no application starts."""
     if not all_.of("Namespace") or not all_.of("NetworkPolicy"):
         return
-    for cell in all_.cells:
-        for pod in cell.pods:
-            wanted = {AGENT_PORT} | ({DASHBOARD_PORT} if pod.name == "head" else set())
-            opened = {
-                port.get("port")
-                for document in all_.of("NetworkPolicy")
-                if _selector(document).get("matchLabels", {}).items() <= pod.labels.items()
-                for entry in document["spec"].get("ingress", [])
-                for peer in entry.get("from", [])
-                if peer.get("namespaceSelector", {}).get("matchLabels") == OPERATOR
-                for port in entry.get("ports", [])
-            }
-            if wanted - opened:
-                yield (
-                    f"{cell.name} {pod.name}",
-                    f"the operator may not reach {sorted(wanted - opened)}",
-                )
+    for where, _, pod in all_.in_cells():
+        wanted = {AGENT_PORT} | ({DASHBOARD_PORT} if pod.name == "head" else set())
+        opened = {
+            port.get("port")
+            for document in all_.of("NetworkPolicy")
+            if _selector(document).get("matchLabels", {}).items() <= pod.labels.items()
+            for entry in document["spec"].get("ingress", [])
+            for peer in entry.get("from", [])
+            if peer.get("namespaceSelector", {}).get("matchLabels") == OPERATOR
+            for port in entry.get("ports", [])
+        }
+        if wanted - opened:
+            yield where, f"the operator may not reach {sorted(wanted - opened)}"
 
 
 @rule
@@ -108,10 +104,7 @@ def dashboard_is_private(all_: Manifests) -> Iterator[Finding]:
     for cell in all_.cells:
         head = cell.cluster.get("headGroupSpec", {})
         if head.get("serviceType", "ClusterIP") != "ClusterIP" or head.get("enableIngress"):
-            yield (
-                cell.name,
-                "the dashboard must not face outside: serviceType ClusterIP, no ingress",
-            )
+            yield cell.name, "its dashboard must not face outside: ClusterIP, no ingress"
     for document in all_.of("NetworkPolicy"):
         for entry in document["spec"].get("ingress", []):
             ports = {port.get("port") for port in entry.get("ports", [])}
@@ -123,9 +116,8 @@ def dashboard_is_private(all_: Manifests) -> Iterator[Finding]:
 def gateway_tls(all_: Manifests) -> Iterator[Finding]:
     for document in all_.of("Gateway"):
         for listener in document["spec"].get("listeners", []):
-            if listener.get("protocol") != "HTTPS" or not listener.get("tls", {}).get(
-                "certificateRefs"
-            ):
+            certificates = listener.get("tls", {}).get("certificateRefs")
+            if listener.get("protocol") != "HTTPS" or not certificates:
                 yield (
                     name_of(document),
                     f"listener {listener.get('name')}: HTTPS with a certificate",
@@ -141,8 +133,6 @@ def route_backend(all_: Manifests) -> Iterator[Finding]:
     for document in all_.of("HTTPRoute"):
         for entry in document["spec"].get("rules", []):
             for backend in entry.get("backendRefs", []):
-                if services and (backend.get("name"), backend.get("port")) not in services:
-                    yield (
-                        name_of(document),
-                        f"no Service {backend.get('name')}:{backend.get('port')}",
-                    )
+                wanted = backend.get("name"), backend.get("port")
+                if services and wanted not in services:
+                    yield name_of(document), f"no Service {wanted[0]}:{wanted[1]}"

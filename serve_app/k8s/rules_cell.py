@@ -42,27 +42,26 @@ def _fitting(bundle: dict[str, float], pods: list[Pod]) -> list[Pod]:
 
 @rule
 def bundle_label(all_: Manifests) -> Iterator[Finding]:
-    for cell in all_.cells:
-        for deployment in cell.deployments:
-            for _, selector in _wanted(deployment):
-                if not selector or not _matching(cell, selector):
-                    yield (
-                        f"{cell.name} {deployment['name']}",
-                        f"no group has the labels {selector}" if selector else "no label selector",
-                    )
-                    break
+    for where, cell, deployment in all_.deployments():
+        for _, selector in _wanted(deployment):
+            if not selector:
+                yield where, "no label selector"
+            elif not _matching(cell, selector):
+                yield where, f"no group has the labels {selector}"
+            else:
+                continue
+            break
 
 
 @rule
 def bundle_fits(all_: Manifests) -> Iterator[Finding]:
-    for cell in all_.cells:
-        for deployment in cell.deployments:
-            for bundle, selector in _wanted(deployment):
-                pods = _matching(cell, selector)
-                if pods and not _fitting(bundle, pods):
-                    have = "; ".join(f"{p.name} {p.resources}" for p in pods)
-                    yield f"{cell.name} {deployment['name']}", f"{bundle} fits no pod of {have}"
-                    break
+    for where, cell, deployment in all_.deployments():
+        for bundle, selector in _wanted(deployment):
+            pods = _matching(cell, selector)
+            if pods and not _fitting(bundle, pods):
+                have = "; ".join(f"{p.name} {p.resources}" for p in pods)
+                yield where, f"{bundle} fits no pod of {have}"
+                break
 
 
 @rule
@@ -124,34 +123,24 @@ def _place(
 @rule
 def whole_units(all_: Manifests) -> Iterator[Finding]:
     """A demand smaller than a replica of `numOfHosts` pods would never be met by the autoscaler."""
-    for cell in all_.cells:
-        for deployment in cell.deployments:
-            wanted = _wanted(deployment)
-            for pod in _matching(cell, wanted[0][1]) if wanted[0][1] else []:
-                if len(wanted) % pod.hosts:
-                    yield (
-                        f"{cell.name} {deployment['name']}",
-                        f"{len(wanted)} bundles: not whole replicas of {pod.hosts} pods",
-                    )
+    for where, cell, deployment in all_.deployments():
+        wanted = _wanted(deployment)
+        for pod in _matching(cell, wanted[0][1]) if wanted[0][1] else []:
+            if len(wanted) % pod.hosts:
+                yield where, f"{len(wanted)} bundles: not whole replicas of {pod.hosts} pods"
 
 
 @rule
 def ingress_spread(all_: Manifests) -> Iterator[Finding]:
     """Readiness asks each ingress pod for a proxy, which is only where an ingress replica is."""
-    for cell in all_.cells:
-        for deployment in cell.deployments:
-            pods = sum(p.highest for p in cell.groups if p.name == INGRESS)
-            if deployment["name"] != "Ingress" or not pods:
-                continue
-            replicas, most = (
-                deployment.get("num_replicas") or 1,
-                deployment.get("max_replicas_per_node"),
-            )
-            if not most or replicas <= most * (pods - 1):
-                yield (
-                    f"{cell.name} Ingress",
-                    f"{replicas} replicas, at most {most} on a pod, may leave one of {pods} idle",
-                )
+    for where, cell, deployment in all_.deployments():
+        pods = sum(p.highest for p in cell.groups if p.name == INGRESS)
+        if deployment["name"] != "Ingress" or not pods:
+            continue
+        replicas = deployment.get("num_replicas") or 1
+        most = deployment.get("max_replicas_per_node")
+        if not most or replicas <= most * (pods - 1):
+            yield where, f"{replicas} replicas, {most} on a pod, may leave one of {pods} idle"
 
 
 @rule
@@ -161,9 +150,10 @@ def ray_version(all_: Manifests) -> Iterator[Finding]:
         told = cell.cluster.get("rayVersion")
         if told != ours:
             yield cell.name, f"rayVersion is {told}, but this Rayseek runs on Ray {ours}"
-        for pod in cell.pods:
-            if not pod.container["image"].partition("@")[0].endswith(f"-ray{told}"):
-                yield f"{cell.name} {pod.name}", f"the image's tag does not end in -ray{told}"
+    for where, cell, pod in all_.in_cells():
+        told = cell.cluster.get("rayVersion")
+        if not pod.container["image"].partition("@")[0].endswith(f"-ray{told}"):
+            yield where, f"the image's tag does not end in -ray{told}"
 
 
 @rule
@@ -171,10 +161,7 @@ def one_image(all_: Manifests) -> Iterator[Finding]:
     for cell in all_.cells:
         images = {pod.container["image"] for pod in cell.pods}
         if len(images) > 1:
-            yield (
-                cell.name,
-                f"pods of one cell run {len(images)} images: {', '.join(sorted(images))}",
-            )
+            yield cell.name, f"its pods run {len(images)} images: {', '.join(sorted(images))}"
 
 
 @rule
@@ -182,11 +169,8 @@ def head_runs_nothing(all_: Manifests) -> Iterator[Finding]:
     for cell in all_.cells:
         head = cell.cluster.get("headGroupSpec", {}).get("rayStartParams", {})
         for name in ("num-cpus", "num-gpus"):
-            if head.get(name) != "0":
-                yield (
-                    cell.name,
-                    f"the head's {name} is {head.get(name)!r}: '0' keeps replicas off it",
-                )
+            if (told := head.get(name)) != "0":
+                yield cell.name, f"the head's {name} is {told!r}: '0' keeps replicas off it"
         if not cell.spec.get("excludeHeadPodFromServeSvc"):
             yield cell.name, "excludeHeadPodFromServeSvc: true, since no ingress runs there"
 
@@ -194,13 +178,11 @@ def head_runs_nothing(all_: Manifests) -> Iterator[Finding]:
 @rule
 def unit_readiness(all_: Manifests) -> Iterator[Finding]:
     """KubeRay's own probe asks for a Serve proxy, so a pod of a unit would never be Ready."""
-    for cell in all_.cells:
-        for pod in cell.groups:
-            probe = pod.container.get("readinessProbe", {}).get("httpGet", {})
-            if pod.name != INGRESS and (probe.get("path"), probe.get("port")) != (
-                "/api/healthz", AGENT_PORT
-            ):  # fmt: skip
-                yield f"{cell.name} {pod.name}", f"readiness must be /api/healthz on {AGENT_PORT}"
+    for where, _, pod in all_.in_cells(heads=False):
+        probe = pod.container.get("readinessProbe", {}).get("httpGet", {})
+        asked = probe.get("path"), probe.get("port")
+        if pod.name != INGRESS and asked != ("/api/healthz", AGENT_PORT):
+            yield where, f"readiness must be /api/healthz on {AGENT_PORT}"
 
 
 @rule
@@ -216,28 +198,20 @@ def environment(all_: Manifests) -> Iterator[Finding]:
 
 @rule
 def grace(all_: Manifests) -> Iterator[Finding]:
-    for cell in all_.cells:
+    for where, cell, pod in all_.in_cells(heads=False):
         longest = cell.config.ingress.longest_stream_s if cell.config else 0
-        for pod in cell.groups:
-            least = longest if pod.name == INGRESS else 60
-            given = pod.spec.get("terminationGracePeriodSeconds", 30)
-            if given < least:
-                yield (
-                    f"{cell.name} {pod.name}",
-                    f"terminationGracePeriodSeconds {given} cuts streams: {least} or more",
-                )
+        least = longest if pod.name == INGRESS else 60
+        given = pod.spec.get("terminationGracePeriodSeconds", 30)
+        if given < least:
+            yield where, f"terminationGracePeriodSeconds {given} cuts streams: {least} or more"
 
 
 @rule
 def http_port(all_: Manifests) -> Iterator[Finding]:
-    for cell in all_.cells:
+    for where, cell, pod in all_.in_cells():
         told = ((cell.serve or {}).get("http_options") or {}).get("port", 8000)
-        for pod in cell.pods:
-            if pod.ports.get("serve", told) != told:
-                yield (
-                    f"{cell.name} {pod.name}",
-                    f"its port serve is {pod.ports['serve']}, but Serve listens on {told}",
-                )
+        if pod.ports.get("serve", told) != told:
+            yield where, f"its port serve is {pod.ports['serve']}, but Serve listens on {told}"
 
 
 @rule
@@ -252,32 +226,26 @@ def device_memory(all_: Manifests) -> Iterator[Finding]:
 
 @rule
 def devices(all_: Manifests) -> Iterator[Finding]:
-    for cell in all_.cells:
-        config = cell.config
-        for pod in cell.groups if config is not None else []:
-            gpus = int(pod.resources["GPU"])
-            wanted = (config.hardware.ranks_per_node or 0) if config else 0
-            if config and config.hardware.accelerator == "cpu" or pod.name == INGRESS:
-                wanted = 0
-            if gpus != wanted:
-                yield (
-                    f"{cell.name} {pod.name}",
-                    f"{gpus} GPUs, but the config has {wanted} on a node",
-                )
+    for where, cell, pod in all_.in_cells(heads=False):
+        if cell.config is None:
+            continue
+        hardware, gpus = cell.config.hardware, int(pod.resources["GPU"])
+        bare = hardware.accelerator == "cpu" or pod.name == INGRESS
+        wanted = 0 if bare else hardware.ranks_per_node or 0
+        if gpus != wanted:
+            yield where, f"{gpus} GPUs, but the config has {wanted} on a node"
 
 
 @rule
 def host_memory(all_: Manifests) -> Iterator[Finding]:
-    for cell in all_.cells:
-        for pod in cell.pods:
-            limit = quantity(pod.limits.get("memory", 0))
-            shm = [v["emptyDir"] for v in pod.spec.get("volumes", []) if v["name"] == "shm"]
-            where = f"{cell.name} {pod.name}"
-            if not shm or quantity(shm[0].get("sizeLimit")) > limit / 2:
-                yield where, "a volume shm for /dev/shm, of at most half the memory limit"
-            store = quantity(pod.group.get("rayStartParams", {}).get("object-store-memory"))
-            if shm and not store <= quantity(shm[0].get("sizeLimit")):
-                yield where, "object-store-memory must be set, and fit into /dev/shm"
+    for where, _, pod in all_.in_cells():
+        limit = quantity(pod.limits.get("memory", 0))
+        shm = [v["emptyDir"] for v in pod.spec.get("volumes", []) if v["name"] == "shm"]
+        if not shm or quantity(shm[0].get("sizeLimit")) > limit / 2:
+            yield where, "a volume shm for /dev/shm, of at most half the memory limit"
+        store = quantity(pod.group.get("rayStartParams", {}).get("object-store-memory"))
+        if shm and not store <= quantity(shm[0].get("sizeLimit")):
+            yield where, "object-store-memory must be set, and fit into /dev/shm"
 
 
 @rule
@@ -302,13 +270,11 @@ def pinned_memory(all_: Manifests) -> Iterator[Finding]:
 
 @rule
 def reachable_files(all_: Manifests) -> Iterator[Finding]:
-    for cell in all_.cells:
+    for where, cell, pod in all_.in_cells():
         if cell.config is None:
             continue
         files = {"model.path": cell.config.model.path, "api.key_file": cell.config.api.key_file}
-        for pod in cell.pods:
-            mounted = [PurePosixPath(m["mountPath"]) for m in pod.container.get("volumeMounts", [])]
-            for name, path in files.items():
-                where = PurePosixPath(path) if path else None
-                if where and not {IMAGE_FOLDER, *mounted} & set(where.parents):
-                    yield f"{cell.name} {pod.name}", f"{name} {path} is on no volume of this pod"
+        mounted = [PurePosixPath(m["mountPath"]) for m in pod.container.get("volumeMounts", [])]
+        for name, path in files.items():
+            if path and not {IMAGE_FOLDER, *mounted} & set(PurePosixPath(path).parents):
+                yield where, f"{name} {path} is on no volume of this pod"

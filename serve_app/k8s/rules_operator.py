@@ -33,12 +33,11 @@ def group_name(all_: Manifests) -> Iterator[Finding]:
 
 @rule
 def replica_range(all_: Manifests) -> Iterator[Finding]:
-    for cell in all_.cells:
-        for pod in cell.groups:
-            low, high = pod.group["minReplicas"], pod.group["maxReplicas"]
-            now = pod.group.get("replicas", low)
-            if not 0 <= low <= now <= high:
-                yield f"{cell.name} {pod.name}", f"not minReplicas {low} <= {now} <= {high}"
+    for where, _, pod in all_.in_cells(heads=False):
+        low, high = pod.group["minReplicas"], pod.group["maxReplicas"]
+        now = pod.group.get("replicas", low)
+        if not 0 <= low <= now <= high:
+            yield where, f"not minReplicas {low} <= {now} <= {high}"
 
 
 @rule
@@ -88,10 +87,9 @@ def manager(all_: Manifests) -> Iterator[Finding]:
 
 @rule
 def serve_port(all_: Manifests) -> Iterator[Finding]:
-    for cell in all_.cells:
-        for pod in cell.pods:
-            if pod.name == "head" and "serve" not in pod.ports:
-                yield cell.name, "the head has no port named serve: KubeRay would make no service"
+    for _, cell, pod in all_.in_cells():
+        if pod.name == "head" and "serve" not in pod.ports:
+            yield cell.name, "the head has no port named serve: KubeRay would make no service"
 
 
 @rule
@@ -104,10 +102,9 @@ def gated_field(all_: Manifests) -> Iterator[Finding]:
 
 @rule
 def start_parameter(all_: Manifests) -> Iterator[Finding]:
-    for cell in all_.cells:
-        for pod in cell.pods:
-            for name in {"labels", "resources"} & set(pod.group.get("rayStartParams", {})):
-                yield f"{cell.name} {pod.name}", f"rayStartParams.{name}: use the group's {name}"
+    for where, _, pod in all_.in_cells():
+        for name in {"labels", "resources"} & set(pod.group.get("rayStartParams", {})):
+            yield where, f"rayStartParams.{name}: use the group's {name}"
 
 
 @rule

@@ -46,13 +46,12 @@ def read_only_root(all_: Manifests) -> Iterator[Finding]:
     for where, _, container in _containers(all_):
         if container.get("securityContext", {}).get("readOnlyRootFilesystem") is not True:
             yield where, "readOnlyRootFilesystem: true"
-    for cell in all_.cells:
-        for pod in cell.pods:
-            mounts = {m["mountPath"]: m for m in pod.container.get("volumeMounts", [])}
-            home = pod.environment.get("HOME") or "HOME"
-            for path in (*WRITTEN, home):
-                if path not in mounts or mounts[path].get("readOnly"):
-                    yield f"{cell.name} {pod.name}", f"Ray writes to {path}: give it a volume"
+    for where, _, pod in all_.in_cells():
+        mounts = {m["mountPath"]: m for m in pod.container.get("volumeMounts", [])}
+        home = pod.environment.get("HOME") or "HOME"
+        for path in (*WRITTEN, home):
+            if path not in mounts or mounts[path].get("readOnly"):
+                yield where, f"Ray writes to {path}: give it a volume"
 
 
 @rule
@@ -91,12 +90,11 @@ def no_account_token(all_: Manifests) -> Iterator[Finding]:
 
 @rule
 def node_folder(all_: Manifests) -> Iterator[Finding]:
-    for cell in all_.cells:
-        for pod in cell.pods:
-            shared = {v["name"] for v in pod.spec.get("volumes", []) if "hostPath" in v}
-            for mount in pod.container.get("volumeMounts", []):
-                if mount["name"] in shared and not mount.get("readOnly"):
-                    yield f"{cell.name} {pod.name}", f"the node's folder {mount['name']}: readOnly"
+    for where, _, pod in all_.in_cells():
+        shared = {v["name"] for v in pod.spec.get("volumes", []) if "hostPath" in v}
+        for mount in pod.container.get("volumeMounts", []):
+            if mount["name"] in shared and not mount.get("readOnly"):
+                yield where, f"the node's folder {mount['name']}: readOnly"
 
 
 @rule
@@ -112,10 +110,8 @@ def pinned_image(all_: Manifests) -> Iterator[Finding]:
 def secret_in_clear(all_: Manifests) -> Iterator[Finding]:
     for document in all_.of("Secret"):
         if document.get("data") or document.get("stringData"):
-            yield (
-                name_of(document),
-                "a secret in a file: kubectl create secret, or External Secrets",
-            )
+            what = "a secret in a file: kubectl create secret, or External Secrets"
+            yield name_of(document), what
     for where, _, container in _containers(all_):
         for entry in container.get("env", []):
             if SECRET.search(entry["name"]) and "value" in entry:

@@ -77,19 +77,17 @@ def serve_schema(all_: Manifests) -> Iterator[Finding]:
 def serve_autoscaling(all_: Manifests) -> Iterator[Finding]:
     from ray.serve.config import AutoscalingConfig
 
-    for cell in all_.cells:
-        for deployment in cell.deployments:
-            given = deployment.get("autoscaling_config")
-            if not isinstance(given, dict):
-                continue
-            where = f"{cell.name} {deployment.get('name')} autoscaling_config"
-            for name in sorted(set(given) - set(AutoscalingConfig.model_fields)):
-                yield f"{where}.{name}", "no such key"
-            try:
-                with _no_deprecations():
-                    AutoscalingConfig.model_validate(given)
-            except ValidationError as error:
-                yield where, error.errors()[0]["msg"]
+    for of, _, deployment in all_.deployments():
+        given, where = deployment.get("autoscaling_config"), f"{of} autoscaling_config"
+        if not isinstance(given, dict):
+            continue
+        for name in sorted(set(given) - set(AutoscalingConfig.model_fields)):
+            yield f"{where}.{name}", "no such key"
+        try:
+            with _no_deprecations():
+                AutoscalingConfig.model_validate(given)
+        except ValidationError as error:
+            yield where, error.errors()[0]["msg"]
 
 
 @rule

@@ -129,7 +129,7 @@ class Checkpoint:
         scale = name + SCALE_SUFFIX
         return Weight(self.tensor(name), self.tensor(scale) if scale in self.stored else None)
 
-    def load(self, names: Iterable[str], progress: bool | None = None, threads: int = 8) -> Weights:
+    def load(self, names: Iterable[str], progress: bool | None = None) -> Weights:
         """Read these tensors (see `owned_names`) from disk and give views of them.
 
         progress: a bar with bytes and rate (True) or a log line before and after (False); by
@@ -150,7 +150,7 @@ class Checkpoint:
             ]
             if changed:
                 raise CheckpointError(self.path, changed)
-            read_spans(spans, f"weights from {self.path}", progress, threads)
+            read_spans(spans, f"weights from {self.path}", progress)
         except OSError as error:
             raise CheckpointError(self.path, [str(error)]) from error
         return Weights({name: self.tensor(name) for name in names})

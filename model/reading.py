@@ -24,6 +24,7 @@ from rich.progress import (
 log = logging.getLogger(__name__)
 PIECE_BYTES = 64 << 20  # one thread's unit of work
 BUFFER_BYTES = 4 << 20
+THREADS = 8
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -35,7 +36,7 @@ class Span:
     end: int
 
 
-def read_spans(spans: Iterable[Span], what: str, progress: bool | None, threads: int) -> None:
+def read_spans(spans: Iterable[Span], what: str, progress: bool | None) -> None:
     """Read every span once. Raises OSError naming the file that cannot be read to its end.
 
     progress: a bar on stderr, or log lines; None: a bar if stderr is a terminal.
@@ -49,11 +50,11 @@ def read_spans(spans: Iterable[Span], what: str, progress: bool | None, threads:
         )  # fmt: skip
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(what, total=total)
-            _read_all(units, threads, lambda count: bar.advance(task, count))
+            _read_all(units, lambda count: bar.advance(task, count))
         return
     log.info("reading %s of %s", decimal(total), what)
     start = time.monotonic()
-    _read_all(units, threads, lambda count: None)
+    _read_all(units, lambda count: None)
     seconds = max(time.monotonic() - start, 1e-6)
     log.info("read %s in %.1f s, %s/s", decimal(total), seconds, decimal(int(total / seconds)))
 
@@ -73,8 +74,8 @@ def pieces(spans: Iterable[Span]) -> list[Span]:
     ]
 
 
-def _read_all(units: list[Span], threads: int, done: Callable[[int], object]) -> None:
-    with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+def _read_all(units: list[Span], done: Callable[[int], object]) -> None:
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="read") as pool:
         try:
             for future in as_completed([pool.submit(_read, unit) for unit in units]):
                 done(future.result())

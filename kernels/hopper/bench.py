@@ -64,9 +64,7 @@ class Clock:
     def __init__(self) -> None:
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
-    def seconds(
-        self, run: Callable[[], object], repetitions: int = 20, graph: bool = True
-    ) -> float:
+    def seconds(self, run: Callable[[], object], graph: bool = True) -> float:
         """Of one call from cold caches, as a CUDA graph unless it says otherwise."""
         for _ in range(3):
             run()
@@ -78,7 +76,7 @@ class Clock:
                 run()
             call = recorded.replay
         times: list[float] = []
-        for _ in range(repetitions):
+        for _ in range(20):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.flush.zero_()
             start.record()

@@ -53,11 +53,9 @@ def bf16_kernel(
     tl.store(target, sum_NT.to(out.dtype.element_ty), inside)
 
 
-def bf16_matmul(
-    x: Tensor, w: Tensor, residual: Tensor | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def bf16_matmul(x: Tensor, w: Tensor, residual: Tensor | None = None) -> Tensor:
     """x [T, K] @ w [N, K].T (+ residual) -> [T, N], all but residual and output bfloat16."""
-    out = torch.empty(len(x), len(w), dtype=dtype, device=x.device)
+    out = torch.empty(len(x), len(w), device=x.device)
     _launch(x[:, None], w[None], residual, out[:, None])
     return out
 

@@ -127,9 +127,9 @@ def problems(variant: Variant, built: Compiled, table: Mapping[str, Compiled] | 
     return wrong
 
 
-def read_table(path: Path = TABLE) -> tuple[str, dict[str, Compiled]]:
+def read_table() -> tuple[str, dict[str, Compiled]]:
     """The version of Triton that the table is of, and its rows by name."""
-    first, _, *lines = path.read_text().splitlines()
+    first, _, *lines = TABLE.read_text().splitlines()
     rows = [line.split("\t") for line in lines]
     return first.split()[-1], {row[0]: Compiled(row[0], *map(int, row[1:])) for row in rows}
 

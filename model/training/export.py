@@ -12,7 +12,7 @@ from rayseek.model.maker import write_checkpoint
 from rayseek.model.training.parameters import TrainedModel
 
 
-def export(model: TrainedModel, tokenizer: Path, path: Path, fp8: bool, shards: int = 4) -> None:
+def export(model: TrainedModel, tokenizer: Path, path: Path, fp8: bool) -> None:
     """Write the model's masters as BF16, or as block FP8, with the tokenizer of a folder.
 
     Raises FileExistsError if something is at `path` already.
@@ -26,4 +26,4 @@ def export(model: TrainedModel, tokenizer: Path, path: Path, fp8: bool, shards: 
         (tokenizer / f).read_text("utf-8") for f in ("tokenizer.json", "tokenizer_config.json")
     ]
     config = replace(model.config, fp8_blocks=fp8)
-    write_checkpoint(path, config, values, (texts[0], texts[1]), shards)
+    write_checkpoint(path, config, values, (texts[0], texts[1]))

@@ -7,7 +7,6 @@ seed and on the shards alone, not on the number of workers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +29,9 @@ class BatchStream:
 
     def __init__(
         self, folder: Path, shards: int, batch_tokens: int, row_tokens: tuple[int, ...], seed: int,
-        position: Position, thinned: bool = True, waiting: Callable[[str], None] = print,
+        position: Position, thinned: bool = True,
     ) -> None:  # fmt: skip
-        self.folder, self.shards, self.seed, self.waiting = folder, shards, seed, waiting
+        self.folder, self.shards, self.seed = folder, shards, seed
         self.batch_tokens, self.row_tokens = batch_tokens, row_tokens
         self.position, self.thinned = position, thinned
         self._open: tuple[int, Shard, list[tuple[int, list[Row]]]] | None = None
@@ -68,7 +67,7 @@ class BatchStream:
     def _read(self, number: int) -> tuple[Shard, list[tuple[int, list[Row]]]]:
         path = shard_path(self.folder, number % self.shards)
         if not path.exists():
-            self.waiting(f"waiting for {path}")
+            print(f"waiting for {path}")
             while not path.exists():
                 time.sleep(1)
         shard = read_shard(path)

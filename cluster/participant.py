@@ -355,9 +355,18 @@ class Participant:
                 except ExchangeBroken:
                     self._connected = None  # they may be what does not work
                     raise
+                self._forget_before(plan.epoch)
         if self._closed:
             raise Closed
         return self._formed
+
+    def _forget_before(self, epoch: int) -> None:
+        """What earlier groups have left in our store, addresses above all. Their members are in
+        this one now, or in none. Keys of later epochs may be there already."""
+        ours = f"{self.name}/e"  # as _Formed calls them
+        for key in self._store.list_keys():
+            if key.startswith(ours) and int(key.removeprefix(ours).partition("/")[0]) < epoch:
+                self._store.delete_key(key)
 
     def _plan(self) -> tuple[UnitPlan, ExpertSlots | None] | None:
         """The newest one, if it has not been tried yet."""

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from torch._C._distributed_c10d import TCPStore
 
 from rayseek.cluster.build import build_engine
 from rayseek.cluster.engine import run_to_end
@@ -85,6 +86,24 @@ async def test_a_rebalance_in_mid_stream_changes_no_token(
         after = company._plans.plan
         assert after is not None and after.placement.version > before.placement.version
         assert after.placement.slots != before.placement.slots
+
+
+async def test_the_store_forgets_earlier_epochs(tiny_path: Path) -> None:
+    """Members of each group leave their addresses there: kilobytes each, where there are many."""
+    async with unit(tiny_path, experts=2, redundant=2) as company:
+        (rank,) = company.ranks
+        assert rank._participant is not None
+        store = TCPStore("127.0.0.1", rank._participant.store_port, is_master=False)
+        for _ in range(3):
+            before = company._plans.plan
+            await company.rebalance()
+            async with asyncio.timeout(120):
+                while (plan := company._plans.plan) is before or plan is None:
+                    await asyncio.sleep(0.01)
+            await company._plans.adopted(plan)
+            async with asyncio.timeout(120):
+                while {key.split("/")[1] for key in store.list_keys()} != {f"e{plan.epoch}"}:
+                    await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("layout", [{"experts": 2}, {"experts": 3, "redundant": 16}], ids=str)

@@ -20,8 +20,8 @@ from rayseek.cluster.fit import rank_memories
 from rayseek.cluster.scheduler import Limits
 from rayseek.cluster.simulated_unit import Job, SimulatedUnit
 from rayseek.cluster.step_times import Measured
+from rayseek.kernels.kv_format import PAGE_TOKENS
 from rayseek.model.config import ModelConfig
-from rayseek.model.ledger import PAGE_TOKENS
 
 FIRST_GUESS = (1e-3, 3e-3, 3e-4, 3e-4, 1e-6, 3e-7)  # of Measured's seconds, in their order
 Floats = NDArray[np.float64]

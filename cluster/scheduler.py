@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rayseek.model.ledger import PAGE_TOKENS
+from rayseek.kernels.kv_format import PAGE_TOKENS
 
 LOOKAHEAD = 8  # waiting sequences that a step looks at
 

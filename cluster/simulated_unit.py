@@ -19,7 +19,7 @@ import numpy as np
 
 from rayseek.cluster.scheduler import LOOKAHEAD, Limits, SequenceView, plan_step
 from rayseek.cluster.step_times import StepTimes, StepWork
-from rayseek.model.ledger import PAGE_TOKENS
+from rayseek.kernels.kv_format import PAGE_TOKENS
 
 MOST_ALIKE = 32  # steps that are taken at once: contexts grow meanwhile
 STAND_IN = SequenceView("", (-1, 0), 1, 0, 1)  # a sequence that decodes and needs no page

@@ -29,8 +29,8 @@ from rayseek.cluster.simulated_fleet import Fleet, FleetUnit, least_aboard
 from rayseek.cluster.simulated_unit import Job, SimulatedUnit
 from rayseek.cluster.step_times import Roofline, StepTimes
 from rayseek.cluster.traffic import Arrival
+from rayseek.kernels.kv_format import PAGE_TOKENS
 from rayseek.model.config import ModelConfig
-from rayseek.model.ledger import PAGE_TOKENS
 
 HAND_OVER_S = 0.02  # from a prompt's last step to its last page elsewhere: pages go step by step
 LOOK_S = 5.0  # between two looks of the policy

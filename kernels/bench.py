@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayseek.kernels.ops import PAGE_TOKENS, LayerParts, MoeParts, Norm, Ops, Weight
+from rayseek.kernels.kv_format import PAGE_TOKENS
+from rayseek.kernels.ops import LayerParts, MoeParts, Norm, Ops, Weight
 from rayseek.kernels.reference import ReferenceOps
 from rayseek.kernels.rope import yarn_cos_sin
 from rayseek.kernels.select import choose_ops, device_for

@@ -23,10 +23,10 @@ from rayseek.kernels.hopper import (
     quantise,
     router,
 )
-from rayseek.kernels.kv_format import Fp8Token, KVDtype
+from rayseek.kernels.kv_format import PAGE_TOKENS, Fp8Token, KVDtype
 from rayseek.kernels.latent_pages import read_pages_ref
 from rayseek.kernels.mla_attention import split_heads_ref
-from rayseek.kernels.ops import PAGE_TOKENS, Norm, Weight
+from rayseek.kernels.ops import Norm, Weight
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+PAGE_TOKENS = 64  # of a page of latents: DeepSeek's context-cache unit (spec section 6.5)
 KVDtype = Literal["auto", "fp8"]  # auto: bfloat16 on a GPU; on a CPU float32, to 2^-16
 GROUP = 128  # latent values that share a scale
 ALIGN = 16  # bytes, of tokens and keys: a GPU's tensor memory accelerator steps by so many

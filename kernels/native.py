@@ -14,7 +14,7 @@ from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 import torch
 from torch import Tensor
 
-from rayseek.kernels.kv_format import Fp8Token, KVDtype
+from rayseek.kernels.kv_format import PAGE_TOKENS, Fp8Token, KVDtype
 from rayseek.kernels.latent_pages import read_pages_ref
 from rayseek.kernels.native_build import load_native
 from rayseek.kernels.native_pass import NativePass
@@ -24,7 +24,7 @@ from rayseek.kernels.native_weights import (
     pack_latent_heads,
     pack_matrix,
 )
-from rayseek.kernels.ops import PAGE_TOKENS, Norm, PassParts, Weight
+from rayseek.kernels.ops import Norm, PassParts, Weight
 
 
 class NativeOps:

@@ -20,8 +20,6 @@ from torch import Tensor
 from rayseek.kernels.kv_format import KVDtype
 from rayseek.kernels.sampler import Row
 
-PAGE_TOKENS = 64  # of a page of latents: DeepSeek's context-cache unit (spec section 6.5)
-
 
 @dataclass(frozen=True, slots=True)
 class Norm:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rayseek.kernels.experts import combine_ref, expert_rows_ref, experts_ref, mlp_ref
 from rayseek.kernels.fp8 import dequantise_ref
-from rayseek.kernels.kv_format import Fp8Token, KVDtype
+from rayseek.kernels.kv_format import PAGE_TOKENS, Fp8Token, KVDtype
 from rayseek.kernels.latent_pages import read_pages_ref, store_latents_ref
 from rayseek.kernels.linear import linear_ref
 from rayseek.kernels.mla_attention import (
@@ -20,7 +20,7 @@ from rayseek.kernels.mla_attention import (
     split_heads_ref,
     unabsorb_ref,
 )
-from rayseek.kernels.ops import PAGE_TOKENS, Norm, Weight
+from rayseek.kernels.ops import Norm, Weight
 from rayseek.kernels.rms_norm import rms_norm_ref
 from rayseek.kernels.router import route_ref
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayseek.kernels.ops import PAGE_TOKENS
+from rayseek.kernels.kv_format import PAGE_TOKENS
 
 __all__ = ["PAGE_TOKENS", "Batch"]
 

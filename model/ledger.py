@@ -15,11 +15,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from rayseek.kernels.kv_format import token_bytes
+from rayseek.kernels.kv_format import PAGE_TOKENS, token_bytes
 from rayseek.model.config import ModelConfig
 from rayseek.model.inventory import Kind, inventory
 
-PAGE_TOKENS = 64  # as in batch.py, which needs torch
 MTP_KIND = "MTP module"
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rayseek.kernels.hopper import bf16_gemm, fp8_gemm, mla_decode, quantise
 from rayseek.kernels.hopper.bench_cases import Built, Case, Dimensions, Peak, cases
-from rayseek.kernels.ops import PAGE_TOKENS
+from rayseek.kernels.kv_format import PAGE_TOKENS
 
 FLUSH_BYTES = 256 << 20  # more than the L2 cache
 

@@ -31,10 +31,10 @@ from rayseek.kernels.hopper import (
     sample,
 )
 from rayseek.kernels.hopper.bench_others import Other
-from rayseek.kernels.kv_format import token_bytes
+from rayseek.kernels.kv_format import PAGE_TOKENS, token_bytes
 from rayseek.kernels.latent_pages import fp8_tokens_ref, read_pages_ref
 from rayseek.kernels.mla_attention import mla_attention_ref
-from rayseek.kernels.ops import PAGE_TOKENS, Norm, Weight
+from rayseek.kernels.ops import Norm, Weight
 from rayseek.kernels.rms_norm import rms_norm_ref
 from rayseek.kernels.rope import yarn_cos_sin
 from rayseek.kernels.router import route_ref

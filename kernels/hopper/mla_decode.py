@@ -20,8 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rayseek.kernels.hopper.latent_cache import fp8_views
 from rayseek.kernels.hopper.offline import Variant
-from rayseek.kernels.kv_format import GROUP, Fp8Token
-from rayseek.kernels.ops import PAGE_TOKENS
+from rayseek.kernels.kv_format import GROUP, PAGE_TOKENS, Fp8Token
 
 SPLIT_TOKENS = 1024  # a row whose sequence fits is done in one piece
 PARTS = 2048  # splits of rows that are kept at a time, and then combined: 256 MiB for V3

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rayseek.kernels.ops import Norm, Weight
+from rayseek.kernels.rms_norm import rms_norm_ref
 from rayseek.kernels.rope import rotate_ref
 from rayseek.model.training.attention import RowAttention, row_mask
 from rayseek.model.training.grouped import GroupedExperts, plan_dispatch
@@ -103,9 +104,7 @@ class TrainOps:
         return y if residual_TN is None else (y + residual_TN).to(self.dtype)
 
     def rms_norm(self, x_TD: Tensor, norm: Norm) -> Tensor:
-        x = x_TD.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight_K
-        return x.to(self.dtype)
+        return rms_norm_ref(x_TD, norm).to(self.dtype)
 
     def store_latents(
         self, ckr_TX: Tensor, norm: Norm, cos_sin_PR: Tensor, positions_T: Tensor,

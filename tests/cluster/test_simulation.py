@@ -24,7 +24,7 @@ from rayseek.cluster.simulated_unit import Job, SimulatedUnit
 from rayseek.cluster.simulation import Conditions, Simulation, rooflines
 from rayseek.cluster.step_times import Roofline, StepWork
 from rayseek.cluster.traffic import Arrival, Traffic, recorded
-from rayseek.model.ledger import PAGE_TOKENS
+from rayseek.kernels.kv_format import PAGE_TOKENS
 from rayseek.model.official import DEEPSEEK_V3
 
 CELL, NODE = load_config("h800-cell-18"), load_config("h200-8")

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from rayseek.kernels.hopper import bf16_gemm, latent_cache, mla_decode, mla_prefill
+from rayseek.kernels.kv_format import PAGE_TOKENS
 from rayseek.kernels.latent_pages import fp8_tokens_ref, read_pages_ref, store_latents_ref
 from rayseek.kernels.mla_attention import mla_attention_ref
-from rayseek.kernels.ops import PAGE_TOKENS, Norm
+from rayseek.kernels.ops import Norm
 from rayseek.kernels.reference import ReferenceOps
 from rayseek.kernels.rope import rotate_ref, yarn_cos_sin
 

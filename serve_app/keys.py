@@ -95,12 +95,12 @@ def write_keys(file: Path, keys: Iterable[Key]) -> None:
     _write_private(file, HEADER + yaml.safe_dump({"keys": entries}, sort_keys=False))
 
 
-def add_key(file: Path, name: str, key: str | None = None, **limits: object) -> str:
-    """Enter a new key, random unless given, and return it; it is shown this once.
+def add_key(file: Path, name: str, **limits: object) -> str:
+    """Enter a new random key and return it; it is shown this once.
 
     Raises ValueError for a name that is taken or a limit that makes no sense.
     """
-    key = key or f"sk-{secrets.token_hex(24)}"
+    key = f"sk-{secrets.token_hex(24)}"
     created = datetime.now(UTC).isoformat(timespec="seconds")
     fields = {"name": name, "sha256": digest(key), "created": created, **limits}
     try:

@@ -104,10 +104,6 @@ class Tokenizer:
     def is_defined(self, token_id: int) -> bool:
         return token_id in self._bytes
 
-    def undefined_ids(self, vocab_size: int) -> list[int]:
-        """Ids below `vocab_size` without a token: padding of the embedding, never sampled."""
-        return [i for i in range(vocab_size) if i not in self._bytes]
-
     def encode_text(self, text: str) -> list[int]:
         """Ids of untrusted text: never a control id."""
         return self.encode_prompt((text,))

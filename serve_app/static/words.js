@@ -11,7 +11,6 @@ export const WORDS = {
   code: ["code", "代码"],
   close: ["Close", "关闭"],
   cancel: ["Cancel", "取消"],
-  save: ["Save", "保存"],
   skip: ["Skip to the content", "跳到正文"],
   needsScript: ["This page needs JavaScript.", "此页面需要 JavaScript。"],
 
@@ -144,7 +143,6 @@ export const WORDS = {
   referenceWhy: ["OpenAI’s chat and completion API with DeepSeek’s extensions. Every path also answers without /v1 and, for prefix completion and fill-in-the-middle, under /beta.", "兼容 OpenAI 的对话与补全接口，并支持 DeepSeek 扩展。所有路径也可省略 /v1，或使用 /beta（前缀续写与 FIM）。"],
   body: ["Body", "请求体"],
   parameters: ["Parameters", "参数"],
-  responses: ["Responses", "响应"],
   field: ["Field", "字段"],
   type: ["Type", "类型"],
   about: ["About", "说明"],

@@ -142,5 +142,6 @@ def _add_state(app: FastAPI, settings: ApiSettings, readiness: Readiness) -> Non
         state = await readiness.check()
         return JSONResponse({**state, "model": settings.model}, 200 if state["ready"] else 503)
 
-    app.get("/health")(health)
-    app.get("/ready")(ready)
+    for path, state in (("/health", health), ("/ready", ready)):
+        app.get(path)(state)
+        app.head(path, include_in_schema=False)(state)  # as some probes ask

@@ -148,8 +148,10 @@ def test_methods_in_any_case_on_one_connection(api: Any, port: int) -> None:
             connection.request(method, "/v1/completions", body, headers)
             reply = connection.getresponse()
             assert reply.status == 200 and TEXT in json.loads(reply.read())["choices"][0]["text"]
-        connection.request("Get", "/health")
-        assert connection.getresponse().status == 200
+        for method in ("Get", "HEAD"):
+            connection.request(method, "/health")
+            reply = connection.getresponse()
+            assert reply.status == 200 and bool(reply.read()) is (method == "Get")
 
 
 def test_openai_sdk(api: Any, port: int) -> None:

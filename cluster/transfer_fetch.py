@@ -102,7 +102,7 @@ class PageFetcher:
 
     def _begin(self, engine: Engine, fetch: Fetch) -> bool:
         """Take the pages and ask for what belongs in them; False: there is no room yet."""
-        if self._rests(fetch.source):
+        if self._resting.get(fetch.source, 0.0) > time.monotonic():
             self._finish(engine, fetch, "the source has failed a moment ago")
             return True
         chain, pool = fetch.sequence.chain, engine.pool
@@ -118,7 +118,7 @@ class PageFetcher:
         try:
             connection = self._connections.get(fetch.source) or self._connect(fetch.source)
         except Exception as error:  # no address, thread or memory is left for it
-            self._resting[fetch.source] = time.monotonic() + REST_S
+            self._rest(fetch.source)
             self._finish(engine, fetch, f"no connection can be made: {error!r}")
             return True
         self._connections[fetch.source] = fetch.connection = connection
@@ -128,11 +128,10 @@ class PageFetcher:
         connection.want(fetch)
         return True
 
-    def _rests(self, source: str) -> bool:
-        if self._resting.get(source, 0.0) > time.monotonic():
-            return True
-        self._resting.pop(source, None)
-        return False
+    def _rest(self, source: str) -> None:
+        now = time.monotonic()
+        self._resting = {other: until for other, until in self._resting.items() if until > now}
+        self._resting[source] = now + REST_S
 
     def _connect(self, source: str) -> Connection:
         """To a source, with a group of a new name."""
@@ -198,7 +197,7 @@ class PageFetcher:
     def _over(self, engine: Engine, connection: Connection, problem: str) -> None:
         if self._connections.get(connection.source) is connection:
             del self._connections[connection.source]
-            self._resting[connection.source] = time.monotonic() + REST_S
+            self._rest(connection.source)
             self.counters.add(broken=1)
             log.warning("lost %s as a source of pages: %s", connection.source, problem)
         for fetch in list(self._fetches.values()):

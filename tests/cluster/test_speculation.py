@@ -410,8 +410,11 @@ def test_at_rest_the_module_learns_prompts_and_costs_nothing_else(make_engine: E
         inner(batch, hidden_TD)
 
     engine.model.remember = remember  # type: ignore[method-assign]
-    engine.model.draft = engine.model.drafts_ahead = None  # type: ignore[method-assign, assignment]
+    called: list[object] = []
+    engine.model.draft = lambda *_: called.append(_)  # type: ignore[method-assign]
+    engine.model.drafts_ahead = engine.model.draft  # type: ignore[method-assign]
     deltas_of(engine, Request("r", prompt_of(1, 100), SamplingParams(20)))
+    assert not called
     assert learned == list(range(64)), "the full page, which may be shared"
 
 

@@ -53,8 +53,10 @@ function rename(item, row) {
     draw();
   };
   field.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.isComposing) finish(true);
-    if (event.key === "Escape") { event.stopPropagation(); finish(false); }
+    if (event.key !== "Escape" && (event.key !== "Enter" || event.isComposing)) return;
+    event.stopPropagation();
+    finish(event.key === "Enter");
+    $("input").focus(); // the field had it, and is gone
   });
   field.addEventListener("blur", () => finish(true));
   row.replaceChildren(field);

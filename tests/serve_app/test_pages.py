@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,8 +16,6 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
-from fastapi import FastAPI
 from pydantic import ValidationError
 from starlette.requests import Request
 
@@ -261,22 +256,6 @@ ATTACKS = """<script>window.hacked = 1</script>
 """
 
 
-@contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.005)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
-
-
 def script(api: Any, tokenizer: Tokenizer) -> Callable[[Any], Iterator[Any]]:
     """What the engine says depends on words of the last question."""
 
@@ -316,7 +295,7 @@ def engine(api: Any, small: Tokenizer) -> Any:
 
 @pytest.fixture
 def site(api: Any, small: Tokenizer, settings: ApiSettings, engine: Any) -> Iterator[str]:
-    with serving(api.build_app(settings, small, engine)) as url:
+    with api.serving(api.build_app(settings, small, engine)) as url:
         yield url
 
 
@@ -412,7 +391,11 @@ def test_chat_streams_renders_and_keeps(tab: Tab, engine: Any, small: Tokenizer)
     page.locator(".editor textarea").fill("echo edited")
     page.keyboard.press("Enter")
     expect(page.locator(".prose")).to_have_text(["Echo: echo edited"])
-    page.get_by_role("button", name="Delete: Show me code").click()
+    page.get_by_role("button", name="Rename: Show me code").click()
+    page.keyboard.type("Echoes")
+    page.keyboard.press("Enter")
+    expect(page.locator("#input")).to_be_focused()
+    page.get_by_role("button", name="Delete: Echoes").click()
     expect(page.locator(".entry")).to_have_count(0)
     page.get_by_role("button", name="Undo").click()
     expect(page.locator(".prose")).to_have_text(["Echo: echo edited"])
@@ -668,7 +651,7 @@ def test_samples_run_as_they_are_copied(
     browser: Any, api: Any, small: Tokenizer, settings: ApiSettings, engine: Any
 ) -> None:
     app = api.build_app(replace(settings, local_key=api.KEY), small, engine)
-    with serving(app) as site:
+    with api.serving(app) as site:
         tab = Tab(browser, site, permissions=["clipboard-read", "clipboard-write"])
         page = tab.open("/")
         expect(page.locator("#key-why")).to_contain_text("on the machine")

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from rayseek.cluster.config import Config
 from rayseek.cluster.layout import Layout
 from rayseek.serve_app.k8s.groups import INGRESS, groups
-from rayseek.serve_app.k8s.pods import labels
+from rayseek.serve_app.k8s.pods import selector
 
 
 def service(config: Config) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def service(config: Config) -> dict[str, Any]:
         ports.append({"name": "grpc", "port": config.ingress.grpc_port, "targetPort": "grpc"})
     return _object(
         config, "v1", "Service", f"openai-{config.kubernetes.cell}",
-        {"type": "ClusterIP", "selector": _selector(config, INGRESS), "ports": ports},
+        {"type": "ClusterIP", "selector": selector(config, INGRESS), "ports": ports},
     )  # fmt: skip
 
 
@@ -30,7 +30,7 @@ def budgets(config: Config, plan: Layout) -> list[dict[str, Any]]:
     return [
         _object(
             config, "policy/v1", "PodDisruptionBudget", f"{config.kubernetes.cell}-{name}",
-            {"minAvailable": pods, "selector": {"matchLabels": _selector(config, name)}},
+            {"minAvailable": pods, "selector": {"matchLabels": selector(config, name)}},
         )
         for name, pods in kept.items()
     ]  # fmt: skip
@@ -78,10 +78,6 @@ def kustomization(config: Config) -> dict[str, Any]:
     if chosen:
         document["components"] = [f"../../components/{name}" for name in sorted(chosen)]
     return document
-
-
-def _selector(config: Config, component: str) -> dict[str, str]:
-    return dict(list(labels(config, component).items())[1:])
 
 
 def _object(

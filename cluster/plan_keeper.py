@@ -16,7 +16,7 @@ from typing import Any
 import ray.exceptions
 
 from rayseek.cluster.crew import Crew, Hand, last_line
-from rayseek.cluster.expert_load import ExpertLoad
+from rayseek.cluster.expert_load import ExpertLoad, pays
 from rayseek.cluster.plan import Role, UnitPlan, Wanted, next_plan, problems, thin_spots
 from rayseek.cluster.rank import Elsewhere
 
@@ -68,6 +68,22 @@ class PlanKeeper:
         self._rebalance = True
         self._crew.changed.set()
 
+    async def keep_balance(self, every_s: float, threshold: float) -> None:
+        """Look so often whether the experts are to be spread anew: if that wins such a part of
+        their time."""
+        while True:
+            await asyncio.sleep(every_s)
+            plan, loads = self.plan, self._load.rows
+            if plan is None:
+                continue
+            then = await asyncio.to_thread(
+                next_plan, plan, self._crew.present, self.wanted, loads, rebalance=True
+            )
+            if isinstance(then, UnitPlan) and pays(
+                plan.placement, then.placement, loads, threshold
+            ):
+                self.rebalance()
+
     async def keep(self) -> None:
         """Make a plan of every change, and put it in force."""
         while True:
@@ -80,8 +96,10 @@ class PlanKeeper:
                 continue
             # Also of an attempt that fails: no two plans share a number.
             self._epoch = max(self._epoch + 1, _clock())
-            plan = next_plan(
-                self.plan, self._crew.present, self.wanted, self._load.rows,
+            # It takes seconds for a hundred ranks, in which others ask how we are. What changes
+            # meanwhile is seen before anybody has prepared.
+            plan = await asyncio.to_thread(
+                next_plan, self.plan, self._crew.present, self.wanted, self._load.rows,
                 rebalance=self._rebalance, complete=self.plan is None and self._patient,
                 epoch=self._epoch, broken=self._broken,
             )  # fmt: skip

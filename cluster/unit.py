@@ -20,18 +20,16 @@ import ray
 import ray.exceptions
 
 from rayseek.cluster.crew import SILENT_S, STARTED_LATER_S, Crew, last_line, spawn, start
-from rayseek.cluster.expert_load import ExpertLoad, pays
+from rayseek.cluster.expert_load import ExpertLoad
 from rayseek.cluster.logs import start_logging
 from rayseek.cluster.metrics import UNIT, Meter, RayMeter
 from rayseek.cluster.placement import ExpertPlacement
 from rayseek.cluster.plan import (
     LATER_S,
     Pulse,
-    UnitPlan,
     Wanted,
     culprits,
     next_look,
-    next_plan,
 )
 from rayseek.cluster.plan_keeper import PlanKeeper
 from rayseek.cluster.rank import Elsewhere, Rank, Started
@@ -61,7 +59,6 @@ class Unit:
         self._lone = _all_on_one(spec.wanted) if spec.rank.alone else None
         self._numbers = itertools.count()
         self._company = Crew(self._id, spec.rank.exchange, spec.rank.alone)
-        self._rebalanced = time.monotonic()
         self._load = ExpertLoad(
             spec.wanted.layers, spec.wanted.num_experts, spec.rank.exchange.load_half_life_s
         )
@@ -72,6 +69,10 @@ class Unit:
         self._tasks += [asyncio.create_task(self._take_pulses())]
         if not spec.rank.alone:
             self._tasks.append(asyncio.create_task(self._plans.keep()))
+            if every_s := spec.rank.exchange.rebalance_s:
+                threshold = spec.rank.exchange.rebalance_threshold
+                balance = self._plans.keep_balance(every_s, threshold)
+                self._tasks.append(asyncio.create_task(balance))
 
     # ---- asked by others ----
 
@@ -250,7 +251,7 @@ class Unit:
             self._report.publish(state)
 
     def _count_rows(self, pulses: dict[str, Pulse | None]) -> None:
-        plan, exchange, placement = self._plans.plan, self._spec.rank.exchange, self._placement
+        plan, placement = self._plans.plan, self._placement
         if placement is None:
             return
         for name, pulse in pulses.items():
@@ -259,17 +260,6 @@ class Unit:
             if holder is not None and rows and rows.version == placement.version:
                 self._load.add(placement, holder, rows.rows)
                 self._report.count_experts(placement, holder, rows)
-        if plan is None:
-            return
-        now = time.monotonic()
-        if exchange.rebalance_s and now - self._rebalanced > exchange.rebalance_s:
-            self._rebalanced = now
-            present, wanted = self._company.present, self._plans.wanted
-            then = next_plan(plan, present, wanted, self._load.rows, rebalance=True)
-            if isinstance(then, UnitPlan) and pays(
-                plan.placement, then.placement, self._load.rows, exchange.rebalance_threshold
-            ):
-                self._plans.rebalance()
 
 
 def _all_on_one(wanted: Wanted) -> ExpertPlacement:

@@ -337,6 +337,54 @@ async def test_whoever_asks_for_problems_gets_what_is_known(
     task.cancel()
 
 
+async def test_a_leader_answers_while_it_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks a leader waits a second for it; a plan for many ranks takes longer."""
+    plans, done = threading.Event(), threading.Event()
+
+    def slowly(*_: object, **__: object) -> str:
+        plans.set()
+        time.sleep(1)
+        done.set()
+        return "there is none"
+
+    monkeypatch.setattr("rayseek.cluster.plan_keeper.next_plan", slowly)
+    wanted = Wanted(1, 0, 0, 4, 1, (1,))
+    keeper = PlanKeeper(Crew("unit"), wanted, ExpertLoad((1,), 4, 60), lambda _: None, 5)
+    keeper.rebalance()
+    task = asyncio.create_task(keeper.keep())
+    async with asyncio.timeout(120):
+        while not plans.is_set():
+            await asyncio.sleep(0.01)
+        assert not done.is_set() and keeper.problems == ["it starts"]
+        while keeper.problems != ["there is none"]:
+            await asyncio.sleep(0.01)
+    task.cancel()
+
+
+async def test_a_balance_that_pays_is_sought_now_and_then() -> None:
+    wanted, crew = Wanted(2, 0, 0, 4, 1, (1,)), Crew("unit")
+    load = ExpertLoad((1,), 4, 60)
+    keeper = PlanKeeper(crew, wanted, load, lambda _: None, 5)
+    for name in ("a", "b"):
+        started = Started(Member(name, "attention", "n", ""), None, "", ExchangeSettings())
+        crew.hands[name] = Hand(Obedient(), started)
+    tasks = [asyncio.create_task(keeper.keep())]
+    async with asyncio.timeout(120):
+        while keeper.plan is None or len(keeper.plan.members) < 2:
+            await asyncio.sleep(0.01)
+        even = keeper.plan
+        tasks.append(asyncio.create_task(keeper.keep_balance(0.01, 0.05)))
+        await asyncio.sleep(0.2)
+        assert keeper.plan is even
+        load._rows[1][:] = 5, 5, 1, 1
+        while keeper.plan is even:
+            await asyncio.sleep(0.01)
+    first = keeper.plan.placement.experts_of(0, 1)
+    assert len({0, 1} & {*first}) == 1, "the two that have most to do are apart"
+    for task in tasks:
+        task.cancel()
+
+
 async def test_the_first_plan_waits_for_ranks_that_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long they take; not for those that give no sign, and not for those that failed."""
     monkeypatch.setattr("rayseek.cluster.plan_keeper.COMING_S", 0.1)

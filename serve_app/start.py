@@ -69,7 +69,7 @@ def made_model(path: Path, config: ModelConfig) -> Path:
 
 @contextlib.contextmanager
 def started(config: Config, nodes: int = 1, deployed: bool = False) -> Iterator[Running]:
-    """The service of this config, until the block ends. Raises StartError and CheckpointError.
+    """The service of this config, until the block ends. Raises StartError, CheckpointError, ValueError.
 
     nodes: of Ray, on this machine. deployed: by a Serve config file, as on a cluster.
     """
@@ -77,10 +77,12 @@ def started(config: Config, nodes: int = 1, deployed: bool = False) -> Iterator[
     from rayseek.model.checkpoint import Checkpoint
     from rayseek.serve_app.ingress import api_settings
     from rayseek.serve_app.keys import KeyRing, first_key
+    from rayseek.serve_app.tokenizer import Tokenizer
 
     check_port(config.ingress.host, config.ingress.port)
     model = served_model(config)
     checkpoint = Checkpoint.open(model)  # every problem is told now, not by a dying rank
+    Tokenizer.from_pretrained(model)  # or by an ingress that is started again and again
     context = min(
         engine_limits(checkpoint.config, config.engine_of(role)).context for role in config.units
     )

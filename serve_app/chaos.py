@@ -21,7 +21,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
 import psutil
 from rich.console import Console
@@ -29,6 +28,7 @@ from rich.table import Table
 
 from rayseek.cluster.config import Config
 from rayseek.serve_app.changes import Changes, ServeApi
+from rayseek.serve_app.conformance import Endpoint
 from rayseek.serve_app.local import StartError, add_node
 from rayseek.serve_app.start import started
 
@@ -96,36 +96,22 @@ def prompts(count: int, seed: int) -> list[dict[str, object]]:
     ]
 
 
-class Endpoint:
-    """Streams completions as text pieces."""
-
-    def __init__(self, url: str, key: str, model: str) -> None:
-        parts = urlsplit(url)
-        self._host, self._port = parts.hostname or "", parts.port
-        self._headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        self._model = model
-
-    def stream(self, request: dict[str, object]) -> Iterator[str]:
-        """Raises RuntimeError if the stream fails or ends without its end mark."""
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=GIVE_UP_S)
-        try:
-            body = json.dumps(request | {"model": self._model})
-            connection.request("POST", "/beta/completions", body, self._headers)
-            answer = connection.getresponse()
-            if answer.status != 200:
-                raise RuntimeError(f"status {answer.status}: {answer.read()[:200]!r}")
-            for line in answer:
-                if not line.startswith(b"data: "):
-                    continue
-                if line.startswith(b"data: [DONE]"):
-                    return
-                event = json.loads(line[6:])
-                if "error" in event:
-                    raise RuntimeError(f"error event: {event['error']}")
-                yield "".join(choice["text"] for choice in event["choices"])
-            raise RuntimeError("the stream ended without [DONE]")
-        finally:
-            connection.close()
+def stream(at: Endpoint, request: dict[str, object]) -> Iterator[str]:
+    """A completion's pieces. Raises RuntimeError if it fails or ends without its end mark."""
+    body = json.dumps(request | {"model": at.model}).encode()
+    with at.opened("POST", "/beta/completions", body) as answer:
+        if answer.status != 200:
+            raise RuntimeError(f"status {answer.status}: {answer.read()[:200]!r}")
+        for line in answer:
+            if not line.startswith(b"data: "):
+                continue
+            if line.startswith(b"data: [DONE]"):
+                return
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise RuntimeError(f"error event: {event['error']}")
+            yield "".join(choice["text"] for choice in event["choices"])
+        raise RuntimeError("the stream ended without [DONE]")
 
 
 def run_stream(endpoint: Endpoint, watch: Watch, number: int, asked: Sequence[dict[str, object]],
@@ -136,7 +122,7 @@ def run_stream(endpoint: Endpoint, watch: Watch, number: int, asked: Sequence[di
     while not watch.stop.is_set():
         which, text = rng.randrange(len(asked)), ""
         try:
-            for piece in endpoint.stream(asked[which]):
+            for piece in stream(endpoint, asked[which]):
                 text += piece
                 times.append(time.monotonic())
             if text != expected[which]:
@@ -228,7 +214,7 @@ def torment(
     """The whole experiment against a running service below this process; whether it held."""
     asked = prompts(arguments.prompts, arguments.seed)
     console.print(f"Answering {len(asked)} prompts in peace ...")
-    expected = ["".join(endpoint.stream(request)) for request in asked]
+    expected = ["".join(stream(endpoint, request)) for request in asked]
     watch = Watch([[] for _ in range(arguments.streams)])
     threads = [
         threading.Thread(
@@ -279,7 +265,7 @@ def chaos(arguments: argparse.Namespace, config: Config) -> bool:
     with started(config, arguments.nodes, deployed=changing) as service:
         if service.shown_key is None:
             raise StartError("the config's keys are not known here; set api.keys")
-        endpoint = Endpoint(service.address, service.shown_key, config.model.name)
+        endpoint = Endpoint(service.address, service.shown_key, config.model.name, GIVE_UP_S)
         changes = None
         if service.file is not None:
             api = ServeApi(service.dashboard, service.dashboard_token)

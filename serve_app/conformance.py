@@ -7,10 +7,11 @@ random weights can pass: the shape of answers, and that a stream says what the p
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -87,12 +88,14 @@ def base_of(url: str) -> str:
 class Endpoint:
     """An API under test. Paths are given below its base, which ends in /v1 or in nothing."""
 
-    def __init__(self, url: str, key: str, model: str | None = None) -> None:
+    def __init__(
+        self, url: str, key: str, model: str | None = None, timeout_s: float = TIMEOUT_S
+    ) -> None:
         """Raises OSError or Unmet when the models cannot be listed, to learn the default one."""
         self.base = base_of(url)
         parts = urlsplit(self.base)
         self._secure, self._host, self._root = parts.scheme == "https", parts.netloc, parts.path
-        self._key = key
+        self._key, self._timeout_s = key, timeout_s
         self.model = model or self._first_model()
 
     def _first_model(self) -> str:
@@ -122,16 +125,23 @@ class Endpoint:
         return self.post(path, {"temperature": 0, "seed": 7, "max_tokens": 24, **fields})
 
     def _exchange(self, method: str, path: str, body: bytes, key: str | None) -> Reply:
+        with self.opened(method, path, body, key) as reply:
+            named = {name.lower(): value for name, value in reply.getheaders()}
+            return Reply(reply.status, named, reply.read())
+
+    @contextlib.contextmanager
+    def opened(
+        self, method: str, path: str, body: bytes, key: str | None = None
+    ) -> Iterator[http.client.HTTPResponse]:
+        """An answer whose body is still to come."""
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         headers = {"Content-Type": "application/json"}
         if key := self._key if key is None else key:
             headers["Authorization"] = f"Bearer {key}"
-        connection = kind(self._host, timeout=TIMEOUT_S)
+        connection = kind(self._host, timeout=self._timeout_s)
         try:
             connection.request(method, self._root + path, body or None, headers)
-            reply = connection.getresponse()
-            named = {name.lower(): value for name, value in reply.getheaders()}
-            return Reply(reply.status, named, reply.read())
+            yield connection.getresponse()
         finally:
             connection.close()
 

@@ -28,7 +28,8 @@ from rayseek.cluster.config import Config
 from rayseek.cluster.layout import layout
 from rayseek.model.config import ModelConfig
 from rayseek.serve_app.changes import ServeApi
-from rayseek.serve_app.chaos import Endpoint, prompts
+from rayseek.serve_app.chaos import GIVE_UP_S, prompts, stream
+from rayseek.serve_app.conformance import Endpoint
 from rayseek.serve_app.local import free_port, serve_environment
 
 pytestmark = [
@@ -175,7 +176,7 @@ def test_units_and_their_nodes_follow_the_load(cluster: Cluster) -> None:
     assert cluster.running() == {"Prefill": 1, "Decode": 1, "Ingress": 1}
     assert cluster.nodes() == {"decode": 1, "ingress": 1, "prefill": 1}
 
-    endpoint = Endpoint(cluster.url, KEY, "deepseek-v3")
+    endpoint = Endpoint(cluster.url, KEY, "deepseek-v3", GIVE_UP_S)
     failed: list[str] = []
     stop, done = threading.Event(), [0]
 
@@ -185,12 +186,12 @@ def test_units_and_their_nodes_follow_the_load(cluster: Cluster) -> None:
             (request,) = prompts(1, number * 10_000 + round_)  # new to the caches
             round_ += 1
             try:
-                assert "".join(endpoint.stream(request))
+                assert "".join(stream(endpoint, request))
                 done[0] += 1
             except (OSError, RuntimeError) as error:
                 failed.append(repr(error))
 
-    until("an answer", lambda: bool("".join(endpoint.stream(prompts(1, 0)[0]))))
+    until("an answer", lambda: bool("".join(stream(endpoint, prompts(1, 0)[0]))))
     threads = [threading.Thread(target=ask, args=(n,)) for n in range(1, STREAMS + 1)]
     for thread in threads:
         thread.start()

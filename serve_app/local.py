@@ -44,6 +44,7 @@ SERVE_CONNECTIONS = 4096  # of HAProxy, by Serve's default; each takes two open 
 # while it starts: such a one would be taken between a look and its use. Above those of the workers
 # of `ray start` (to 19999), and not Serve's of replicas (from 30000).
 QUIET_PORTS = range(20_000, 30_000)
+_GIVEN: set[int | None] = set()  # in this process; who is to listen there may not do so yet
 QUICK_NODE_DEATH = {  # Ray's defaults take half a minute to notice
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "1000",
@@ -69,12 +70,14 @@ class Running:
 
 
 def free_port(preferred: int = 0) -> int:
-    """`preferred` if nobody listens there on any interface, else another of QUIET_PORTS."""
-    for port in ([preferred] if preferred else []) + random.sample(QUIET_PORTS, 100):
+    """`preferred` if nobody listens there on any interface, else one of QUIET_PORTS, a new one."""
+    others = [port for port in random.sample(QUIET_PORTS, 100) if port not in _GIVEN]
+    for port in ([preferred] if preferred else []) + others:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with contextlib.suppress(OSError):
                 probe.bind(("", port))
+                _GIVEN.add(port)
                 return port
     raise StartError(
         f"no free TCP port among those from {QUIET_PORTS.start} to {QUIET_PORTS.stop - 1}"
@@ -144,6 +147,7 @@ def cluster_environment(config: Config, proxies: int | None = None) -> dict[str,
 def serve_environment(config: Config, folder: Path) -> dict[str, str]:
     """The environment of this machine's own cluster. HAProxy's files and ports are private, since
     its defaults are shared by all of a machine's clusters."""
+    _GIVEN.update((config.ingress.port, config.ingress.grpc_port))
     return cluster_environment(config, proxies=1) | {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),

@@ -69,7 +69,7 @@ def made_model(path: Path, config: ModelConfig) -> Path:
 
 @contextlib.contextmanager
 def started(config: Config, nodes: int = 1, deployed: bool = False) -> Iterator[Running]:
-    """The service of this config, until the block ends. Raises StartError, CheckpointError, ValueError.
+    """The service of this config, until the block ends. Raises StartError and ValueError.
 
     nodes: of Ray, on this machine. deployed: by a Serve config file, as on a cluster.
     """

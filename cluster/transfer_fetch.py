@@ -204,28 +204,28 @@ class PageFetcher:
             if fetch.connection is connection:
                 self._finish(engine, fetch, problem)
 
-    def _timed_out(self, engine: Engine, fetch: Fetch) -> None:
-        if self._fetches.get(fetch.key) is not fetch or not self._overdue(fetch):
-            return  # since the clerk looked, it has ended, begun, or heard something
-        connection = fetch.connection
-        self.counters.add(timeouts=1)
-        heard = "nothing was heard of it" if connection else "there was no room here"
-        self._finish(engine, fetch, f"{heard} for {time.monotonic() - fetch.heard:.1f} s")
-        if connection is not None:
-            connection.silences += 1
-            if connection.silences >= MOST_SILENCES:
-                self._over(engine, connection, f"{connection.silences} fetches heard nothing")
-                connection.close()
+    def _end_overdue(self, engine: Engine) -> None:
+        for fetch in list(self._fetches.values()):
+            if self._fetches.get(fetch.key) is not fetch or not self._overdue(fetch):
+                continue  # since the clerk looked, it has ended, begun, or heard something
+            connection = fetch.connection
+            self.counters.add(timeouts=1)
+            heard = "nothing was heard of it" if connection else "there was no room here"
+            self._finish(engine, fetch, f"{heard} for {time.monotonic() - fetch.heard:.1f} s")
+            if connection is not None:
+                connection.silences += 1
+                if connection.silences >= MOST_SILENCES:
+                    self._over(engine, connection, f"{connection.silences} fetches heard nothing")
+                    connection.close()
 
     # ---- in other threads ----
 
     def _watch(self) -> None:
-        """The clerk: ends fetches that hear nothing for too long."""
+        """The clerk: has fetches ended that hear nothing for too long."""
         give_way()
         while not self._closed.wait(min(0.5, self.settings.timeout_s / 10)):
-            for fetch in list(self._fetches.values()):
-                if self._overdue(fetch):
-                    self.post(lambda engine, fetch=fetch: self._timed_out(engine, fetch))  # type: ignore[misc]
+            if any(map(self._overdue, list(self._fetches.values()))):
+                self.post(self._end_overdue)
 
     def _overdue(self, fetch: Fetch) -> bool:
         """One that waits for room has asked nobody yet, and to compute its prompt where there is no

@@ -26,7 +26,7 @@ import numpy as np
 from llguidance import LLTokenizer, TokenizerWrapper
 
 from rayseek.cluster.grammar import MAX_GRAMMAR_BYTES, GrammarError, new_matcher, reason
-from rayseek.serve_app.errors import ApiError, bad_request
+from rayseek.serve_app.errors import ApiError, bad_request, overloaded
 from rayseek.serve_app.protocol import ChatRequest
 from rayseek.serve_app.tokenizer import Control, Tokenizer
 
@@ -213,11 +213,14 @@ def _unusable(param: str, why: str) -> ApiError:
 
 
 async def _tried(form: Form) -> Form:
-    """The form, or what replaces it. Raises ApiError when it cannot be kept."""
-    trial = asyncio.get_running_loop().run_in_executor(_trials, complaint, form.schema)
+    """The form, or what replaces it. Raises ApiError when it cannot be kept, or when others' trials
+    leave no time for its own."""
+    trial = _trials.submit(complaint, form.schema)
     try:
-        problem = await asyncio.wait_for(trial, TRIAL_SECONDS)
+        problem = await asyncio.wait_for(asyncio.wrap_future(trial), TRIAL_SECONDS)
     except TimeoutError:
+        if trial.cancel():  # it had not begun
+            raise overloaded("other schemas are being tried; try again later", 1.0) from None
         problem = f"compiling it takes more than {TRIAL_SECONDS:.0f} s"
     if problem is None:
         return form

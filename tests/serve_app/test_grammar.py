@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from rayseek.cluster.engine import Engine
 from rayseek.cluster.grammar import grammar_vocabulary, new_matcher
 from rayseek.cluster.request import Delta, Request
+from rayseek.serve_app import grammar as form_of_answers
 from rayseek.serve_app.errors import ApiError
 from rayseek.serve_app.grammar import grammar_of
 from rayseek.serve_app.prompt import JSON_MODE
@@ -282,6 +284,27 @@ async def test_hostile_schemas_are_400_and_touch_nobody(
             assert len(bad.text) < 1000
             assert good.status_code == 200
     assert len(engine.requests) == 2
+
+
+def test_who_waits_for_others_trials_is_told_to_come_again(
+    small: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, free = threading.Semaphore(0), threading.Event()
+
+    def busy() -> None:
+        began.release()
+        free.wait()
+
+    monkeypatch.setattr(form_of_answers, "TRIAL_SECONDS", 0.05)
+    others = [form_of_answers._trials.submit(busy) for _ in range(2)]
+    try:
+        for _ in others:
+            began.acquire()
+        with pytest.raises(ApiError) as told:
+            grammar(small, response_format=schema_format({**CITY, "title": "others first"}))
+    finally:
+        free.set()
+    assert told.value.status == 503 and told.value.headers["Retry-After"] == "1"
 
 
 @pytest.mark.parametrize(

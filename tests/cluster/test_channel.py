@@ -515,7 +515,7 @@ async def test_who_gets_no_thread_is_refused(
     channels: list[RankChannel] = []
     for _ in range(3):
         channels.append(RankChannel(address))
-        await asyncio.wait_for(channels[-1].ready.wait(), 10)
+        await asyncio.wait_for(channels[-1].ready.wait(), 120)
     assert [channel.alive for channel in channels] == [True, True, False]
     assert "all 2 streams are taken" in caplog.text
     await channels[0].close()

@@ -295,7 +295,10 @@ def load_config(source: str | Path) -> Config:
     try:
         return Config.model_validate(data or {})
     except ValidationError as error:
+        words = {"extra_forbidden": "unknown key"}
         problems = [
-            f"  {'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors()
+            f"  {'.'.join(map(str, e['loc'])) or 'config'}: "
+            + words.get(e["type"], e["msg"].removeprefix("Value error, "))
+            for e in error.errors()
         ]
         raise ConfigFileError("\n".join([f"{path}:", *problems])) from None

@@ -249,7 +249,5 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.transformers:
             results += in_own_process(transformers_results, model, points)
     print_table(results)
-    document = json.dumps([asdict(r) for r in results])
     if arguments.json:
-        arguments.json.write_text(document + "\n")
-    print(document)
+        arguments.json.write_text(json.dumps([asdict(r) for r in results]) + "\n")

@@ -140,7 +140,7 @@ export const WORDS = {
   failedWait: ["Try again in {n} s.", "请在 {n} 秒后重试。"],
 
   // reference
-  referenceWhy: ["OpenAI’s chat and completion API with DeepSeek’s extensions. Every path also answers without /v1 and, for prefix completion and fill-in-the-middle, under /beta.", "兼容 OpenAI 的对话与补全接口，并支持 DeepSeek 扩展。所有路径也可省略 /v1，或使用 /beta（前缀续写与 FIM）。"],
+  referenceWhy: ["OpenAI’s chat and completion API with DeepSeek’s extensions. Every path also answers without /v1 and, for prefix completion and fill-in-the-middle, under /beta. Anthropic’s Messages API answers at /v1/messages.", "兼容 OpenAI 的对话与补全接口，并支持 DeepSeek 扩展。所有路径也可省略 /v1，或使用 /beta（前缀续写与 FIM）。Anthropic Messages API 位于 /v1/messages。"],
   body: ["Body", "请求体"],
   parameters: ["Parameters", "参数"],
   field: ["Field", "字段"],

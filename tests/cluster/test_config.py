@@ -44,6 +44,16 @@ def test_a_file_wins_over_a_name_only_by_its_ending(tmp_path: Path) -> None:
         load_config("desktop")
 
 
+def test_every_problem_of_a_file_is_told_with_its_key(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("decode: {replicas: 3}\nprefill: {experts: dedicated}\n")
+    with pytest.raises(ConfigFileError) as seen:
+        load_config(file)
+    said = str(seen.value).splitlines()[1:]
+    assert "  decode.replicas: unknown key" in said and len(said) == 2
+    assert "  prefill: experts are dedicated, so expert_ranks must be 1 or more" in said
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -83,13 +83,18 @@ class Experts:
         Raises TimeoutError if the rank hangs.
         """
         async with asyncio.timeout(HUNG_S):
-            if await actor.works_for.remote() is not None:
+            unit = await actor.works_for.remote()
+            if unit is not None and not await actor.doubts.remote():
                 return
         known = [(await roll.statuses(), index) for index, roll in enumerate(self._rolls)]
         if any(started.member.name in s.expert_ranks for statuses, _ in known for s in statuses):
             return  # the leader that has it is only slow
         wants = [(s.experts_missing, index, s.unit) for statuses, index in known for s in statuses]
-        missing, index, unit = max(wants, default=(0, 0, ""))
-        if missing > 0:  # the unit may have gone; then the next look finds another
-            deployment = self._rolls[index].units
-            await ask(deployment, "attach", unit, actor, started, limit_s=ATTACH_S)
+        missing, index, wanting = max(wants, default=(0, 0, ""))
+        if missing <= 0:  # a later look finds somebody
+            return
+        async with asyncio.timeout(HUNG_S):
+            if unit is not None:
+                await actor.part.remote(unit)
+        deployment = self._rolls[index].units
+        await ask(deployment, "attach", wanting, actor, started, limit_s=ATTACH_S)

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 import torch
 from torch._C._distributed_c10d import TCPStore
-from torch.distributed import DistStoreError
 
 from rayseek.cluster.agreement import (
     Agreement,
@@ -37,7 +36,8 @@ from rayseek.cluster.agreement import (
     agree,
 )
 from rayseek.cluster.exchange import Exchange, Mode, RemoteExperts
-from rayseek.cluster.group import ExchangeBroken, Group, open_store
+from rayseek.cluster.formed import Formed, Line
+from rayseek.cluster.group import ExchangeBroken, open_store
 from rayseek.cluster.plan import Exchanged, ExpertRows, Pulse, UnitPlan
 from rayseek.kernels.ops import SplitOps
 from rayseek.kernels.select import Device
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rayseek.participant")
 
-BELL_S = 5.0  # a sleeper looks up so often, should a bell be lost
 AGREEMENT = "agreement"
 CONNECT = timedelta(seconds=3)
 FEW_ROWS, FEW_COPIES = 32, 256  # of a member in a pass: its rows; and one for each holder
@@ -105,8 +104,8 @@ class Participant:
         self._closed = False
         self._useless_epoch = -1  # plans up to here have been given up
         self._broken_before = -1  # so are the groups of epochs below, though we may not know why
-        self._formed: _Formed | None = None
-        self._connected: tuple[str, TCPStore, TCPStore] | None = None
+        self._formed: Formed | None = None
+        self._connected: tuple[str, Line, TCPStore] | None = None
         self._passes = self._failures = 0
         self._exchanged = Exchanged(0, {})  # in the epochs before
         self._where, self._since = "start", time.monotonic()
@@ -140,6 +139,10 @@ class Participant:
                     self._broken_before = max(self._broken_before, plan.epoch)
             self._changed.notify_all()
         self.ring()
+
+    def end_groups(self) -> None:
+        """The unit of all plans so far is gone, and nobody in it will end its group."""
+        self._broken_before = max(self._broken_before, self.newest_epoch + 1)
 
     def ring(self) -> None:
         """There is something to do: wake all members if they sleep."""
@@ -250,10 +253,10 @@ class Participant:
             self._exchanged = self._total(formed)
             formed.group.close(flush=together)
 
-    def connections(self, store: str) -> tuple[TCPStore, TCPStore]:
+    def connections(self, store: str) -> tuple[Line, TCPStore]:
         """Two to the store at this host:port; kept, for connecting can take long."""
-        if self._connected is None or self._connected[0] != store:
-            self._connected = (store, self._connect(store), self._connect(store))
+        if self._connected is None or self._connected[0] != store or self._connected[1].stuck:
+            self._connected = (store, Line(self._connect(store)), self._connect(store))
         return self._connected[1:]
 
     def _connect(self, store: str) -> TCPStore:
@@ -279,7 +282,7 @@ class Participant:
 
     # ---- inside ----
 
-    def _total(self, formed: _Formed | None) -> Exchanged:
+    def _total(self, formed: Formed | None) -> Exchanged:
         """Of the epochs before, and the one of `formed`."""
         if formed is None:
             return self._exchanged
@@ -292,7 +295,7 @@ class Participant:
     def _at(self, where: str) -> None:
         self._where, self._since = where, time.monotonic()
 
-    def _agreement(self, formed: _Formed, kind: Kind, rows: int, alone: bool = False) -> Agreement:
+    def _agreement(self, formed: Formed, kind: Kind, rows: int, alone: bool = False) -> Agreement:
         self._at(AGREEMENT)
         newest = self._newest
         assert newest is not None
@@ -301,7 +304,7 @@ class Participant:
         self._at(f"{agreement.kind.name.lower()} pass {self._passes}")
         return agreement
 
-    def _follow(self, formed: _Formed, agreement: Agreement) -> None:
+    def _follow(self, formed: Formed, agreement: Agreement) -> None:
         """Take part in a pass without rows of our own, or adopt the plan that everybody has."""
         if agreement.adopt:
             self.leave(together=True)
@@ -310,7 +313,7 @@ class Participant:
         formed.exchange.idle(self._layers[agreement.kind], parts)
         self._failures = 0
 
-    def _start_pass(self, formed: _Formed, agreement: Agreement) -> int:
+    def _start_pass(self, formed: Formed, agreement: Agreement) -> int:
         """Returns in how many micro-batches it runs."""
         self._passes += 1
         rows, exchange = agreement.rows, formed.exchange
@@ -320,10 +323,13 @@ class Participant:
         exchange.start_pass(self._passes, rows, self.micro_batches)
         return self.micro_batches
 
-    def _sleep(self, formed: _Formed, has_work: Callable[[], bool]) -> None:
+    def _sleep(self, formed: Formed, has_work: Callable[[], bool]) -> None:
         formed.asleep = True
         try:
-            while not (has_work() or self._closed or self._has_newer(formed)):
+            epoch = formed.plan.epoch
+            while not (has_work() or self._closed or self._has_newer(epoch)):
+                if self.is_over(epoch):
+                    raise ExchangeBroken("its unit is gone")
                 if formed.wait_for_bell():
                     break
             else:
@@ -332,10 +338,10 @@ class Participant:
             formed.asleep = False
             formed.nap += 1
 
-    def _has_newer(self, formed: _Formed) -> bool:
-        return self._newest is not None and self._newest[0].epoch > formed.plan.epoch
+    def _has_newer(self, epoch: int) -> bool:
+        return self._newest is not None and self._newest[0].epoch > epoch
 
-    def _group(self) -> _Formed:
+    def _group(self) -> Formed:
         """The group of the newest plan that is any good; waits for one."""
         while self._formed is None:
             self._at("waiting for a plan")
@@ -351,7 +357,7 @@ class Participant:
             if rank is not None:  # else we are a spare, or one that is to leave
                 self._at(f"forming the group of epoch {plan.epoch}")
                 try:
-                    self._formed = _Formed(self, plan, rank, slots)
+                    self._formed = Formed(self, plan, rank, slots)
                 except ExchangeBroken:
                     self._connected = None  # they may be what does not work
                     raise
@@ -363,7 +369,7 @@ class Participant:
     def _forget_before(self, epoch: int) -> None:
         """What earlier groups have left in our store, addresses above all. Their members are in
         this one now, or in none. Keys of later epochs may be there already."""
-        ours = f"{self.name}/e"  # as _Formed calls them
+        ours = f"{self.name}/e"  # as Formed calls them
         for key in self._store.list_keys():
             if key.startswith(ours) and int(key.removeprefix(ours).partition("/")[0]) < epoch:
                 self._store.delete_key(key)
@@ -379,7 +385,7 @@ class Participant:
         self._on_broken(Broken(self._useless_epoch, str(broken)))
         self.leave()
 
-    def _fail(self, formed: _Formed | None, error: Exception) -> None:
+    def _fail(self, formed: Formed | None, error: Exception) -> None:
         """An error of our own in a pass: say so, and leave. The others are in the middle of the
         pass, and only a new group gets us out of step."""
         log.error("%s failed in %s", self.name, self._where, exc_info=error)
@@ -409,63 +415,6 @@ def mode_of_pass(setting: Mode | Literal["auto"], most_rows: int, holders: int) 
         return setting
     few = most_rows <= FEW_ROWS and most_rows * holders <= FEW_COPIES
     return "fixed" if few else "exact"
-
-
-class _Formed:
-    """A formed group, with what belongs to it."""
-
-    def __init__(
-        self, me: Participant, plan: UnitPlan, rank: int, slots: ExpertSlots | None
-    ) -> None:
-        self.plan, self.rank = plan, rank
-        self._keys = f"{plan.members[0].name}/e{plan.epoch}"
-        # Two connections: one sleeps on the bell while the other rings it.
-        self._sleeper, self._ringer = me.connections(plan.members[0].store)
-        nodes = sorted({m.node for m in plan.members})
-        self.group = Group(
-            self._sleeper, self._keys, rank, len(plan.members), me.timeout_s, me.device,
-            given_up=me.has_news, over=lambda: me.is_over(plan.epoch), address=me.host,
-        )  # fmt: skip
-        self.exchange = Exchange(
-            self.group, plan.placement, plan.holders, [nodes.index(m.node) for m in plan.members],
-            slots, me.ops, me.config.hidden_size, me.config.num_experts_per_tok,
-            hierarchical=len(nodes) > 1,
-        )  # fmt: skip
-        self._ringing = threading.Lock()
-        self._rung = -1
-        self.asleep = False
-        self.nap = 0  # counts the sleeps of the epoch: all members agree on it
-
-    def ring(self) -> None:
-        with self._ringing, contextlib.suppress(RuntimeError):  # its host died: so did the group
-            if self._rung < self.nap:
-                self._rung = self.nap
-                self._ringer.set(f"{self._keys}/{self.nap}", "1")
-
-    def wait_for_bell(self) -> bool:
-        """Whether it rang within BELL_S. Raises ExchangeBroken if its host is gone."""
-        try:
-            self._sleeper.wait([f"{self._keys}/{self.nap}"], timedelta(seconds=BELL_S))
-            if self.nap >= 2:  # everybody has woken from it: they agreed since
-                self._sleeper.delete_key(f"{self._keys}/{self.nap - 2}")
-        except DistStoreError:
-            return False
-        except RuntimeError as error:
-            raise ExchangeBroken(f"the store of {self.plan.members[0].name} is gone") from error
-        return True
-
-    def tell_failure(self, what: str) -> None:
-        """To the others, before this member leaves because of an error of its own."""
-        with contextlib.suppress(RuntimeError):
-            self._sleeper.set(f"{self._keys}/failed", what)
-
-    def failure(self) -> str | None:
-        """What a member told that left so; None: it died, or was ended."""
-        key = f"{self._keys}/failed"
-        with contextlib.suppress(RuntimeError):  # its host died
-            if self._sleeper.check([key]):
-                return bytes(self._sleeper.get(key)).decode()
-        return None
 
 
 def _address(target: str) -> tuple[str, int]:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # torch: in these processes, not in the leader's
 log = logging.getLogger("rayseek.rank")
 
 BOND_S = 3.0  # without a pulse, and without a group: its leader may be dead
+ORPHAN_S = 8.0  # without a pulse, and in a group that does not move: they may be dead, or hang
+END_S = 10.0  # for a group to end that has been given up
 # Of the process, before it imports torch. NCCL's errors are ours (group.py): otherwise torch ends
 # every process that waited for a dead one.
 ENVIRONMENT = {
@@ -217,6 +219,26 @@ class ExpertRank(Seat):
         and whose group is gone: then another may have it, unless its leader is only slow."""
         silent = time.monotonic() - self._heard > BOND_S and await self.epoch() < 0
         return None if silent else self._unit
+
+    async def doubts(self) -> bool:
+        """Whether its unit may be gone, and nobody left who would end the group: the leader is
+        silent, and no pass comes or ends. So it is when the node of both hangs."""
+        if self._participant is None or time.monotonic() - self._heard < ORPHAN_S:
+            return False
+        pulse = self._participant.pulse
+        return pulse.epoch >= 0 and (pulse.idle or pulse.since_s > ORPHAN_S)
+
+    async def part(self, unit: str) -> None:
+        """This unit is gone: end its group, to be free. Raises RuntimeError if that fails."""
+        if self._participant is None or unit != self._unit or not await self.doubts():
+            return
+        self._participant.end_groups()
+        try:
+            async with asyncio.timeout(END_S):
+                while await self.epoch() >= 0:
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            raise RuntimeError(f"{self.name} cannot leave its group of {unit}") from None
 
     async def engage(self, unit: str) -> int:
         """Work for this unit. Returns the newest epoch known here: only later plans will be

@@ -1,4 +1,5 @@
-"""A death whose experts the survivors have memory for, and one where they wait for a successor."""
+"""A death whose experts the survivors have memory for, and one where they wait for a successor;
+and who is to end a group when nobody is left."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ import pytest
 from rayseek.cluster.build import build_engine
 from rayseek.cluster.build_unit import ExpertLoader
 from rayseek.cluster.engine import run_to_end
+from rayseek.cluster.formed import Line
+from rayseek.cluster.group import ExchangeBroken, open_store
 from rayseek.cluster.placement import ExpertPlacement
-from rayseek.cluster.rank import Seat
+from rayseek.cluster.rank import ExpertRank, Seat
 from rayseek.cluster.request import Request, SamplingParams
 from rayseek.cluster.succession import Room
 from rayseek.kernels.select import choose_ops
@@ -89,6 +92,63 @@ async def test_nobody_waits_for_one_who_hangs(tiny_path: Path, undisturbed: Answ
         finally:
             released.set()
             await death
+
+
+@pytest.mark.parametrize("busy", [True, False])
+async def test_an_orphan_beside_one_who_hangs_comes_free(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch, busy: bool
+) -> None:
+    """The leader has died where another hangs for ever: nobody is left to end their group, in
+    which it stands in an exchange, or sleeps."""
+    monkeypatch.setattr("rayseek.cluster.rank.ORPHAN_S", 0.5)
+    monkeypatch.setattr("rayseek.cluster.formed.BELL_S", 0.2)
+    patient = SETTINGS.model_copy(update={"step_timeout_s": 600})
+    hangs, released = threading.Event(), threading.Event()
+    async with unit(tiny_path, experts=2, settings=patient) as company:
+        victim, orphan = [a.seat for a in company.actors.values() if a.seat.role == "expert"]
+        assert isinstance(orphan, ExpertRank)
+        async with asyncio.timeout(120):
+            while await orphan.epoch() < 0:
+                await asyncio.sleep(0.02)
+
+        def hang(*_: object) -> None:
+            hangs.set()
+            released.wait()
+            raise ExpertsReleased
+
+        asked = asyncio.ensure_future(answers(company, REQUESTS)) if busy else None
+        if busy:
+            slots_of(victim).compute = hang  # type: ignore[method-assign, assignment]
+            assert await asyncio.to_thread(hangs.wait, 120)
+        monkeypatch.setattr(company, "_kill", lambda _: None)  # nor can it reach anybody's node
+        for task in company._tasks:
+            task.cancel()
+        try:
+            async with asyncio.timeout(120):
+                while not await orphan.doubts():
+                    await asyncio.sleep(0.02)
+            assert await orphan.works_for() == "unit", "its group may work yet"
+            await orphan.part("unit")
+            assert await orphan.epoch() < 0
+            monkeypatch.setattr("rayseek.cluster.rank.BOND_S", 0.0)
+            assert await orphan.works_for() is None
+            await orphan.engage("other")
+            assert not await orphan.doubts()
+        finally:
+            released.set()
+            if asked is not None:
+                asked.cancel()
+                await asyncio.wait([asked])
+
+
+def test_a_store_that_does_not_answer_holds_up_nobody() -> None:
+    forever = threading.Event()
+    line = Line(open_store("127.0.0.1"))
+    assert line.ask(lambda store: store.add("key", 1)) == 1
+    with pytest.raises(ExchangeBroken, match="does not answer within"):
+        line.ask(lambda _: forever.wait(), 0.05)
+    assert line.stuck
+    forever.set()
 
 
 async def test_who_cannot_take_over_says_so_and_waits(

@@ -27,7 +27,7 @@ log = logging.getLogger("rayseek.experts")
 
 LOOK_S = 0.5
 ATTACH_S = 5.0  # for the unit to take the rank in
-HUNG_S = 20.0  # for the rank to answer; if a unit has it, that one's leader is quicker to notice
+HUNG_S = 10.0  # for the rank to answer; if a unit has it, that one's leader is quicker to notice
 LEAVE_S = 25.0  # less than what Serve grants a replica that stops
 BUNDLE = 0
 

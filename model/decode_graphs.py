@@ -3,11 +3,12 @@
 A graph has fixed shapes, so a batch is filled up to the next size in rows and in pages of the
 longest sequence. Rows that fill up write to a spare page and see nothing else; the kernels give a
 row the same bits in every batch, so the others cannot tell. A graph is recorded when its size is
-first needed.
+first needed; where that fails, for want of memory say, such batches run kernel by kernel.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from rayseek.model.batch import PAGE_TOKENS, Batch
+
+log = logging.getLogger("rayseek.model.graphs")
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
 LEAST_PAGES = 16  # of the longest sequence; then doubled
@@ -62,7 +65,7 @@ class DecodeGraphs:
         self, forward: Forward, spare_page: int, vocab: int, hidden: int, device: torch.device
     ) -> None:
         self._forward, self._spare_page, self._device = forward, spare_page, device
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graphs: dict[tuple[int, int], _Graph | None] = {}  # None: it failed
         self._pool = torch.cuda.graph_pool_handle()
         # All graphs write here, so that none keeps outputs of its own.
         self._logits = torch.empty(ROWS[-1], vocab, device=device)
@@ -77,9 +80,11 @@ class DecodeGraphs:
         if size is None:
             return None
         filled = filled_up(batch, *size, self._spare_page)
-        recorded = self._graphs.get(size)
+        if size not in self._graphs:
+            self._graphs[size] = self._record(filled)
+        recorded = self._graphs[size]
         if recorded is None:
-            recorded = self._graphs[size] = self._record(filled)
+            return None
         for part in fields(Batch):
             getattr(recorded.inputs, part.name).copy_(getattr(filled, part.name), non_blocking=True)
         recorded.graph.replay()
@@ -89,14 +94,18 @@ class DecodeGraphs:
             logits = logits[batch.out_rows_R.to(self._device, non_blocking=True)]
         return logits, self._normed[:rows].clone()
 
-    def _record(self, batch: Batch) -> _Graph:
+    def _record(self, batch: Batch) -> _Graph | None:
         inputs = batch.to(self._device)
         self._pass(inputs)  # compiles what is not compiled yet, which a recording cannot
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Meanwhile other threads may hand pages over, which allocates and waits.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._pass(inputs)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._pass(inputs)
+        except RuntimeError as error:
+            log.warning("no CUDA graph of %d rows: %s", len(batch.ids_T), error)
+            return None
         return _Graph(graph, inputs)
 
     def _pass(self, batch: Batch) -> None:

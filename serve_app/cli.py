@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -33,6 +34,10 @@ def main(argv: list[str] | None = None) -> None:
     }[arguments.command]  # fmt: skip
     try:
         well = command(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `| head`, who has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        sys.exit(1)
     except (ValueError, OSError, StartError) as error:
         print(f"rayseek: {error}", file=sys.stderr)
         sys.exit(1)
@@ -134,6 +139,8 @@ def keys(arguments: argparse.Namespace) -> None:
     else:
         for key_entry in read_keys(file):
             fields = key_entry.model_dump(exclude_none=True, exclude={"sha256", "name"})
+            if key_entry.models is not None:
+                fields["models"] = ",".join(key_entry.models)
             print(key_entry.name, *(f"{name}={value}" for name, value in fields.items()), sep="  ")
 
 

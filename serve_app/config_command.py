@@ -16,7 +16,7 @@ from rayseek.cluster.fit import GIB, RankMemory, bearable_deaths, problems, rank
 from rayseek.cluster.layout import Deployment, Layout, layout
 from rayseek.model.config import ModelConfig
 from rayseek.serve_app.keys import read_keys, undivided
-from rayseek.serve_app.start import configured, key_file
+from rayseek.serve_app.start import SHIPPED, configured, key_file, served_model
 
 WIDTH = 100
 
@@ -55,14 +55,11 @@ def _model(config: Config, spec: str | None) -> tuple[str, ModelConfig]:
         from rayseek.model.official import DEEPSEEK_V3
 
         return "DeepSeek-V3 671B", DEEPSEEK_V3
-    path = config.model.path
-    if path is None or spec == "small":
-        from rayseek.model.maker import SMALL
-
-        return "the small random model", SMALL
+    path = SHIPPED if spec == "small" else served_model(config)
     if not path.exists():
         raise ValueError(f"{path}: no such checkpoint; --spec 671b checks without one")
-    return str(path), ModelConfig.from_pretrained(path)
+    name = "the small model" if path == SHIPPED else str(path)
+    return name, ModelConfig.from_pretrained(path)
 
 
 def report(config: Config, model: ModelConfig, name: str) -> str:

@@ -22,7 +22,11 @@ ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 async def read_json(request: Request, limit_bytes: int) -> Any:
-    """The body as JSON, strings free of lone surrogates. Raises ApiError (400, 413)."""
+    """The body as JSON, strings free of lone surrogates. Raises ApiError (400, 413, 415)."""
+    coding = request.headers.get("content-encoding", "identity")
+    if coding != "identity":
+        message = f"the body is {coding}-encoded; send it as it is, without Content-Encoding"
+        raise ApiError(415, message, code="unsupported_content_encoding")
     try:
         body = await _read_body(request, limit_bytes)
         return parse_json(body.decode("utf-8-sig"), "the body")

@@ -155,6 +155,7 @@ async function answer() {
   const turn = { chat: own, message, element: null, abort: new AbortController() };
   running = turn;
   let body = null;
+  if (!service.model) await loading;
   try {
     body = requestOf(own, service.model);
   } catch (error) {
@@ -447,5 +448,5 @@ whenChangedElsewhere(() => {
 takeKeyFromAddress();
 shell(drawFrame);
 drawFrame();
-load();
+const loading = load();
 $("input").focus();

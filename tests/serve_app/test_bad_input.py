@@ -162,6 +162,15 @@ async def test_bad_bodies(
         assert (await client.post(CHAT, json=BODY)).status_code == 200
 
 
+async def test_an_encoded_body_is_refused_as_such(
+    api: Any, small: Tokenizer, settings: ApiSettings
+) -> None:
+    async with api.client_of(api.build_app(settings, small, api.saying(small))) as client:
+        for coding, status in (("gzip", 415), ("identity", 200)):
+            headers = {"Content-Encoding": coding}
+            assert (await client.post(CHAT, json=BODY, headers=headers)).status_code == status
+
+
 async def test_lone_surrogates_are_served_as_replacement_characters(
     api: Any, small: Tokenizer, settings: ApiSettings
 ) -> None:

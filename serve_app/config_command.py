@@ -15,8 +15,9 @@ from rayseek.cluster.config import Config
 from rayseek.cluster.fit import GIB, RankMemory, bearable_deaths, problems, rank_memories
 from rayseek.cluster.layout import Deployment, Layout, layout
 from rayseek.model.config import ModelConfig
+from rayseek.model.shipped import SHIPPED
 from rayseek.serve_app.keys import read_keys, undivided
-from rayseek.serve_app.start import SHIPPED, configured, key_file, served_model
+from rayseek.serve_app.start import configured, key_file, served_model
 
 WIDTH = 100
 

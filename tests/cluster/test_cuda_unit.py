@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
-from rayseek.cluster import build_unit, participant
+from rayseek.cluster import build_unit, formed
 from rayseek.cluster.config import EngineSettings, ExchangeSettings
 from rayseek.cluster.group import ExchangeBroken, Group, Transfer
 from rayseek.cluster.participant import Broken
@@ -37,7 +37,7 @@ def test_its_groups_are_of_its_gpu_and_end_before_experts_are_loaded(
     monkeypatch.setattr(
         build_unit, "choose_ops", lambda device, *_: Choice(CudaOps("cpu"), f"on {device}")
     )
-    monkeypatch.setattr(participant, "Group", group)
+    monkeypatch.setattr(formed, "Group", group)
     spec = RankSpec(
         str(tiny_path), EngineSettings(kernels="cuda"), ExchangeSettings(),
         alone=False, dedicated=False,

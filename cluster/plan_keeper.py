@@ -96,8 +96,7 @@ class PlanKeeper:
                 continue
             # Also of an attempt that fails: no two plans share a number.
             self._epoch = max(self._epoch + 1, _clock())
-            # It takes seconds for a hundred ranks, in which others ask how we are. What changes
-            # meanwhile is seen before anybody has prepared.
+            # It takes seconds for a hundred ranks, in which others ask how we are.
             plan = await asyncio.to_thread(
                 next_plan, self.plan, self._crew.present, self.wanted, self._load.rows,
                 rebalance=self._rebalance, complete=self.plan is None and self._patient,
@@ -108,6 +107,8 @@ class PlanKeeper:
                     log.error("%s has no plan: %s", self._crew.unit, plan)
                 self._why = plan
                 continue
+            if self._crew.changed.is_set():
+                continue  # it is outdated: nobody is to load experts for it
             if not await self._put_in_force(plan):
                 self._crew.changed.set()
                 await asyncio.sleep(RETRY_S)

@@ -7,6 +7,7 @@ import logging
 import re
 import threading
 import time
+from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from rayseek.cluster.crew import Crew, Hand, start
 from rayseek.cluster.dispatch import Dispatcher
 from rayseek.cluster.engine import Engine
 from rayseek.cluster.expert_load import ExpertLoad
-from rayseek.cluster.plan import Member, Pulse, Role, Wanted
+from rayseek.cluster.plan import Member, Pulse, Role, UnitPlan, Wanted, next_plan
 from rayseek.cluster.plan_keeper import PlanKeeper
 from rayseek.cluster.rank import Elsewhere, ExpertRank, Rank, Started
 from rayseek.cluster.request import FinishReason, Request, SamplingParams
@@ -357,6 +358,39 @@ async def test_a_leader_answers_while_it_plans(monkeypatch: pytest.MonkeyPatch) 
         answered.set()
         while keeper.problems != ["there is none"]:
             await asyncio.sleep(0.01)
+    task.cancel()
+
+
+async def test_nobody_prepares_for_a_plan_that_is_outdated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody dies while it is made. What a rank is asked to load, it loads to the end."""
+    asked: list[object] = []
+    crew, loop = Crew("unit"), asyncio.get_running_loop()
+
+    class Busy(Obedient):
+        def remote(self, *arguments: object) -> Coroutine[Any, Any, int]:
+            asked.extend(arguments)
+            return super().remote(*arguments)
+
+    for name in ("a", "b"):
+        started = Started(Member(name, "attention", "n", ""), None, "", ExchangeSettings())
+        crew.hands[name] = Hand(Busy(), started)
+
+    async def die() -> None:
+        crew.part(crew.hands["b"], "it died")
+
+    def slowly(*arguments: Any, **more: Any) -> UnitPlan | str:
+        if "b" in crew.hands:
+            asyncio.run_coroutine_threadsafe(die(), loop).result(60)
+        return next_plan(*arguments, **more)
+
+    monkeypatch.setattr("rayseek.cluster.plan_keeper.next_plan", slowly)
+    wanted = Wanted(2, 0, 0, 4, 1, (1,))
+    keeper = PlanKeeper(crew, wanted, ExpertLoad((1,), 4, 60), lambda _: None, 5)
+    task = asyncio.create_task(keeper.keep())
+    async with asyncio.timeout(120):
+        while keeper.problems != ["waiting for 1 more ranks"]:
+            await asyncio.sleep(0.01)
+    assert not asked
     task.cancel()
 
 

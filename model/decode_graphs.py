@@ -100,8 +100,10 @@ class DecodeGraphs:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Meanwhile other threads may hand pages over, which allocates and waits.
+        recording = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # A recording that cannot be ended would leave its stream the current one.
+            with torch.cuda.stream(torch.cuda.current_stream()), recording:
                 self._pass(inputs)
         except RuntimeError as error:
             log.warning("no CUDA graph of %d rows: %s", len(batch.ids_T), error)

@@ -22,6 +22,7 @@ STATUSES: Mapping[int, str] = {
     403: "This key may not do this.",
     404: "No such model.",
     413: "The body is too large.",
+    415: "The body has a Content-Encoding.",
     429: "This key's limit is reached.",
     500: "The server failed to handle this request.",
     503: "Overloaded, or no engine is up.",

@@ -23,7 +23,7 @@ ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 async def read_json(request: Request, limit_bytes: int) -> Any:
     """The body as JSON, strings free of lone surrogates. Raises ApiError (400, 413, 415)."""
-    coding = request.headers.get("content-encoding", "identity")
+    coding = request.headers.get("content-encoding", "identity").lower()
     if coding != "identity":
         message = f"the body is {coding}-encoded; send it as it is, without Content-Encoding"
         raise ApiError(415, message, code="unsupported_content_encoding")

@@ -104,7 +104,8 @@ DASHBOARDS: dict[str, tuple[str, tuple[str, ...], tuple[Panel, ...]]] = {
         Panel("Ranks", "short", (
             (gauge("unit_ranks", by="unit, kind"), "{{unit}} {{kind}}"),
             (gauge("unit_ranks_wanted", by="unit, kind"), "{{unit}} {{kind}} wanted"))),
-        Panel("Plans", "short", ((gauge("unit_epoch"), "{{unit}}"),)),
+        Panel("Age of the plan", "s", ((  # whose number is when it was made, in milliseconds
+            f"time() - ({gauge('unit_epoch', of='max')} > 0) / 1000", "{{unit}}"),)),
         Panel("Longest at one place", "s", ((
             gauge("rank_at_seconds", by="unit, rank", of="max"), "{{unit}} {{rank}}"),)),
         Panel("Batch", "short", (

@@ -35,7 +35,7 @@ log = logging.getLogger("rayseek.rank")
 
 BOND_S = 3.0  # without a pulse, and without a group: its leader may be dead
 ORPHAN_S = 8.0  # without a pulse, and in a group that does not move: they may be dead, or hang
-END_S = 10.0  # for a group to end that has been given up
+END_S = 9.0  # for a group to end that has been given up: more than a sleeper takes (formed.py)
 # Of the process, before it imports torch. NCCL's errors are ours (group.py): otherwise torch ends
 # every process that waited for a dead one.
 ENVIRONMENT = {

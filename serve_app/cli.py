@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import select
 import signal
 import sys
 from pathlib import Path
@@ -35,16 +36,26 @@ def main(argv: list[str] | None = None) -> None:
     try:
         well = command(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # as of `| head`, who has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
-        sys.exit(1)
     except (ValueError, OSError, StartError) as error:
+        if isinstance(error, BrokenPipeError) and reader_left():
+            sys.exit(1)
         print(f"rayseek: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     if well is False:
         sys.exit(1)
+
+
+def reader_left() -> bool:
+    """Whether nobody reads what we print any more: `head` has seen enough."""
+    output = sys.stdout.fileno()
+    ends = select.poll()
+    ends.register(output, 0)
+    if not ends.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # for Python's last flush
+    return True
 
 
 def serve(arguments: argparse.Namespace) -> None:

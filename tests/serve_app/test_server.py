@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
 from rayseek.serve_app.http_methods import accept_methods_in_any_case
@@ -92,26 +90,16 @@ TEXT = "I am DeepSeek-V3. 你好！😀"
 
 
 @contextlib.contextmanager
-def serving(app: FastAPI) -> Iterator[int]:
-    """The port of a uvicorn in a thread, started as Ray Serve starts it (http="auto")."""
+def serving(api: Any, app: FastAPI) -> Iterator[int]:
+    """The port of an app that takes methods as an ingress does."""
     accept_methods_in_any_case()
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.005)
-        yield listener.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
+    with api.serving(app) as url:
+        yield int(url.rpartition(":")[2])
 
 
 @pytest.fixture
 def port(api: Any, small: Tokenizer, settings: ApiSettings) -> Iterator[int]:
-    with serving(api.build_app(settings, small, api.saying(small, TEXT))) as port:
+    with serving(api, api.build_app(settings, small, api.saying(small, TEXT))) as port:
         yield port
 
 
@@ -186,7 +174,7 @@ def test_error_within_a_stream_reaches_the_sdk(
         return [*api.deltas_of(request, small.encode_text("abc"), [1, 2])[:-1], ValueError("x")]
 
     with (
-        serving(api.build_app(settings, small, api.ScriptedEngine(broken))) as port,
+        serving(api, api.build_app(settings, small, api.ScriptedEngine(broken))) as port,
         openai.OpenAI(api_key=api.KEY, base_url=f"http://127.0.0.1:{port}/v1") as client,
     ):
         stream = client.chat.completions.create(
@@ -222,7 +210,7 @@ def test_a_client_that_hangs_up_frees_its_request(
     api: Any, small: Tokenizer, settings: ApiSettings, stream: bool
 ) -> None:
     engine = api.ScriptedEngine(lambda r: [60.0])
-    with serving(api.build_app(settings, small, engine)) as port:
+    with serving(api, api.build_app(settings, small, engine)) as port:
         connection = raw_request(port, api.KEY, stream=stream)
         wait_until(lambda: engine.live)
         connection.close()
@@ -246,7 +234,7 @@ def test_a_client_that_hardly_reads_holds_only_itself(
             else api.deltas_of(r, [small.eos_id])
         )
     )
-    with serving(api.build_app(settings, small, engine)) as port:
+    with serving(api, api.build_app(settings, small, engine)) as port:
         slow = raw_request(port, api.KEY, stream=True, logprobs=1)  # 7 MB in all
         first = b"".join(slow.recv(1) for _ in range(40))
         assert first.startswith(b"HTTP/1.1 200")

@@ -60,8 +60,7 @@ def reader_left() -> bool:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Start, print where everything is, wait for Ctrl-C or SIGTERM, stop."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell set SIGINT to be ignored
-        signal.signal(number, interrupt)
+    end_in_order()
     config = configured(arguments)
     if config.hardware.accelerator != "cpu":
         raise StartError(
@@ -86,6 +85,12 @@ def serve(arguments: argparse.Namespace) -> None:
         print("\nStopped.", flush=True)
 
 
+def end_in_order() -> None:
+    """On Ctrl-C and SIGTERM, also where a shell set SIGINT to be ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+
+
 def interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -94,6 +99,7 @@ def torment(arguments: argparse.Namespace) -> bool:
     """Whether no stream failed or had another text."""
     from rayseek.serve_app.chaos import chaos
 
+    end_in_order()
     return chaos(arguments, configured(arguments))
 
 
